@@ -1,0 +1,1 @@
+"""efficient_lm: efficient transformers in JAX, from a config to a measured result."""

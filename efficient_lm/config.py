@@ -1,0 +1,375 @@
+"""The schema of a run: frozen dataclasses, built from a ConfigDict and checked before device work.
+
+`configs/x.py` returns `Config(...).to_config_dict()`; doors apply `--config.a.b=c` to it and call
+`Config.from_config_dict`, which raises ConfigError in one line that names the field.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict
+
+from efficient_lm import registry
+from efficient_lm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer of the pattern: a mixer and a feed-forward, each with overrides of its options."""
+
+    mixer: str = "attention"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    ffn: str = "dense"
+    ffn_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def layer(mixer: str = "attention", *, ffn: str = "dense", ffn_options=None, **options) -> tuple:
+    """One entry of `model.layers`: `(layer("attention", window=128),) * 3 + (layer(),)`."""
+    return (mixer, options, ffn, dict(ffn_options or {}))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: `num_layers` layers that repeat the pattern `layers` (the remainder is allowed).
+
+    `mixers` and `ffns` hold the options by registered name for all layers; an entry of `layers`
+    overrides single options for its place in the pattern. Dimensions are in features.
+    """
+
+    vocabulary_size: int = 256
+    embed_dim: int = 128
+    num_layers: int = 4
+    max_length: int = 1024  # longest context in tokens
+    layers: tuple = (("attention", {}, "dense", {}),)
+    mixers: Mapping[str, Any] = field(default_factory=lambda: {"attention": {}})
+    ffns: Mapping[str, Any] = field(default_factory=lambda: {"dense": {}})
+    norm: Literal["rms_norm", "zero_centered_rms_norm"] = "rms_norm"
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = True
+    embedding_scale: float | None = None  # None: 1; Gemma: sqrt(embed_dim)
+    logits_soft_cap: float | None = None
+    dropout: float = 0.0  # on the embedding and on each residual branch
+    initializer: Literal["depth_scaled_normal", "normal", "fan_in"] = "depth_scaled_normal"
+    initializer_scale: float = 0.02  # standard deviation of "normal" kinds
+    dtype: Literal["bfloat16", "float32"] = "float32"  # of activations and matmuls
+    remat: Literal["none", "full", "dots", "mixer"] = "none"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from, how it becomes tokens, and how tokens become batches."""
+
+    source: Literal[
+        "python_stdlib", "text", "jsonl", "parquet", "hugging_face", "tokens",
+        "associative_recall", "copying", "induction", "needle",
+    ] = "python_stdlib"  # fmt: skip
+    paths: tuple = ()  # files, folders or globs; for hugging_face: (name, subset)
+    valid_paths: tuple = ()  # empty: split `paths` by `valid_fraction`
+    valid_fraction: float = 0.1
+    text_field: str = "text"  # of jsonl, parquet and hugging_face rows
+    tokenizer: str = "bytes"  # "bytes", "characters" or the path of a tokenizer.json
+    sequence_length: int = 256  # tokens a row
+    batch_size: int = 16  # rows a step, over all devices and processes
+    packing: Literal["concat_then_split", "first_fit"] = "concat_then_split"
+    mask_across_documents: bool = True  # segments: attention and labels stay within a document
+    shuffle: bool = True
+    seed: int = 0
+    prefetch: int = 2  # batches kept ready on the device
+    task: Mapping[str, Any] = field(default_factory=dict)  # options of a synthetic task
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss."""
+
+    name: str = "autoregressive"
+    z_loss: float = 0.0
+    chunk_logits: int = 2**24  # logits alive at once; bounds the memory of the loss
+    implementation: str = "auto"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning-rate schedule: linear warm-up, then `name`, ending at `final_fraction` of the peak."""
+
+    name: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # wsd: share of all steps spent decaying
+    decay_shape: Literal["linear", "cosine", "one_minus_sqrt"] = "linear"  # wsd
+    final_fraction: float = 0.1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for all parameters, or Muon for hidden matrices with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # matrices only
+    clip_norm: float | None = 1.0  # global gradient norm; None: no clipping
+    accumulation_steps: int = 1  # microbatches a step; the batch is split, not enlarged
+    ema_decay: float | None = None  # None: no moving average of the weights
+    muon_learning_rate: float | None = None  # None: `learning_rate` (right for "rms_match")
+    muon_momentum: float = 0.95
+    muon_scaling: Literal["rms_match", "width_transfer"] = "rms_match"
+    muon_steps: int = 5  # Newton-Schulz iterations
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10  # steps between lines of metrics
+    max_nonfinite_steps: int = 10  # in a row, before the run stops
+    sample_prompt: str = ""  # text continued at the end of the run; empty: a word of the data
+    sample_tokens: int = 200
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    """What is kept of a run, and when."""
+
+    every: int = 500  # steps
+    keep_last: int = 3
+    keep_best: int = 1  # by `best_metric` of the validation split, lower is better
+    best_metric: str = "loss"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Perplexity on the validation split, during and after the run."""
+
+    every: int = 500  # steps; 0: only at the end
+    batches: int | None = None  # during the run; None: the whole split
+    batch_size: int | None = None  # None: data.batch_size
+    stride: int | None = None  # tokens scored a window; None: sequence_length (no sliding)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Mesh axis sizes; -1 takes the devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Build and check a Config from nested mappings; ConfigError names the first bad field."""
+        config = _build(cls, values, "config")
+        check(config)
+        return config
+
+    @classmethod
+    def from_config_dict(cls, values: ml_collections.ConfigDict) -> "Config":
+        """The same from what `get_config()` returned, overrides applied."""
+        return cls.from_dict(values.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts with every field, defaults of used mixers included; JSON-ready."""
+        values = dataclasses.asdict(self)
+        model = values["model"]
+        model["layers"] = tuple(dataclasses.astuple(l) for l in layer_pattern(self.model))
+        model["mixers"] = {
+            name: dataclasses.asdict(options_of("mixer", name, given))
+            for name, given in self.model.mixers.items()
+        }
+        model["ffns"] = {
+            name: dataclasses.asdict(options_of("feed-forward", name, given))
+            for name, given in self.model.ffns.items()
+        }
+        return values
+
+    def to_config_dict(self) -> ml_collections.ConfigDict:
+        """A ConfigDict whose fields keep their types under `--config.a.b=c`."""
+        return ml_collections.ConfigDict(_with_placeholders(type(self), self.to_dict()))
+
+
+def options_of(what: str, name: str, *overrides: Mapping[str, Any]):
+    """The options dataclass of a registered mixer or feed-forward, later overrides winning."""
+    options = (registry.mixer if what == "mixer" else registry.feed_forward)(name).Options
+    merged: dict[str, Any] = {}
+    for values in overrides:
+        merged.update(values)
+    section = "mixers" if what == "mixer" else "ffns"
+    return _build(options, merged, f"config.model.{section}.{name}")
+
+
+def layer_pattern(model: ModelConfig) -> tuple[LayerConfig, ...]:
+    """The pattern as LayerConfigs; entries may be names, tuples (mixer, options, ...) or mappings."""
+    pattern = []
+    for index, entry in enumerate(model.layers):
+        path = f"config.model.layers[{index}]"
+        if isinstance(entry, LayerConfig):
+            pattern.append(entry)
+            continue
+        if isinstance(entry, str):
+            entry = (entry,)
+        if isinstance(entry, (tuple, list)):
+            names = [f.name for f in dataclasses.fields(LayerConfig)]
+            if len(entry) > len(names):
+                raise ConfigError(f"{path} has {len(entry)} parts; allowed: {', '.join(names)}")
+            entry = dict(zip(names, entry, strict=False))
+        pattern.append(_build(LayerConfig, entry, path))
+    return tuple(pattern)
+
+
+def layer_options(model: ModelConfig) -> tuple[tuple[LayerConfig, Any, Any], ...]:
+    """(layer, mixer options, ffn options) for each entry of the pattern."""
+    return tuple(
+        (
+            l,
+            options_of("mixer", l.mixer, model.mixers.get(l.mixer, {}), l.options),
+            options_of("feed-forward", l.ffn, model.ffns.get(l.ffn, {}), l.ffn_options),
+        )
+        for l in layer_pattern(model)
+    )
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for combinations that cannot work; called by `from_dict`."""
+    model, data, optimizer = config.model, config.data, config.optimizer
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
+    for path in (
+        "model.vocabulary_size", "model.embed_dim", "model.num_layers", "model.max_length",
+        "data.sequence_length", "data.batch_size", "optimizer.accumulation_steps",
+        "training.steps", "training.log_every", "checkpointing.every", "checkpointing.keep_last",
+        "objective.chunk_logits", "training.max_nonfinite_steps",
+    ):  # fmt: skip
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        require(value >= 1, f"config.{path}={value}; it must be at least 1")
+    require(len(model.layers) > 0, "config.model.layers is empty; give at least one layer")
+    require(
+        data.sequence_length <= model.max_length,
+        f"config.data.sequence_length={data.sequence_length} exceeds config.model.max_length="
+        f"{model.max_length}; raise max_length or shorten the sequence",
+    )
+    require(
+        data.batch_size % optimizer.accumulation_steps == 0,
+        f"config.data.batch_size={data.batch_size} is not divisible by "
+        f"config.optimizer.accumulation_steps={optimizer.accumulation_steps}",
+    )
+    require(0 <= model.dropout < 1, f"config.model.dropout={model.dropout}; allowed: [0, 1)")
+    require(
+        0 < data.valid_fraction < 1,
+        f"config.data.valid_fraction={data.valid_fraction}; allowed: between 0 and 1",
+    )
+    for name in ("data", "fsdp"):
+        size = getattr(config.parallel, name)
+        require(
+            size == -1 or size >= 1,
+            f"config.parallel.{name}={size}; allowed: -1 (the remaining devices) or at least 1",
+        )
+    require(
+        (config.parallel.data, config.parallel.fsdp) != (-1, -1),
+        "config.parallel.data and config.parallel.fsdp are both -1; only one can take the rest",
+    )
+    stride = config.evaluation.stride
+    require(
+        stride is None or 1 <= stride <= data.sequence_length,
+        f"config.evaluation.stride={stride}; allowed: 1 to data.sequence_length="
+        f"{data.sequence_length}",
+    )
+    for path, value, table in (
+        ("objective.name", config.objective.name, registry.OBJECTIVES),
+    ):
+        require(value in table, f"config.{path}={value!r} is unknown; "
+                f"{registry.suggest(value, table)}")
+    for index, (_, mixer_options, ffn_options) in enumerate(layer_options(model)):
+        for options in (mixer_options, ffn_options):
+            try:
+                options.check(model)
+            except ConfigError as error:
+                raise ConfigError(f"config.model.layers[{index}]: {error}") from None
+
+
+def _build(cls, values, path: str):
+    """Dataclass `cls` from a mapping, each field checked against its annotation."""
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} must be a group of fields, given {values!r}")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(f"unknown field {path}.{name}; {registry.suggest(name, hints)}")
+    return cls(**{name: _coerce(hints[name], value, f"{path}.{name}")
+                  for name, value in values.items()})
+
+
+def _coerce(hint, value, path: str):
+    """`value` as `hint` says, ints accepted for floats; ConfigError otherwise."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{path}={value!r}; allowed: {', '.join(map(repr, arguments))}")
+        return value
+    if hint is tuple or origin is tuple:
+        if isinstance(value, (tuple, list)):
+            return tuple(value)
+        raise ConfigError(f"{path}={value!r}; it must be a tuple")
+    if origin is Mapping or hint is Mapping:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise ConfigError(f"{path}={value!r}; it must be a group of fields")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; "
+                      f"it must be a {hint.__name__}")
+
+
+def _with_placeholders(cls, values: dict[str, Any]) -> dict[str, Any]:
+    """Replace None by typed placeholders, so that `--config.a.b=1` can set an optional field."""
+    hints = typing.get_type_hints(cls)
+    result = {}
+    for name, value in values.items():
+        hint = hints.get(name, Any)
+        if dataclasses.is_dataclass(hint):
+            value = _with_placeholders(hint, value)
+        elif name in ("mixers", "ffns") and cls is ModelConfig:
+            what = "mixer" if name == "mixers" else "feed-forward"
+            value = {k: _with_placeholders(type(options_of(what, k)), v)
+                     for k, v in value.items()}
+        elif value is None:
+            kind = next(a for a in typing.get_args(hint) if a is not type(None))
+            value = config_dict.placeholder(kind)
+        result[name] = value
+    return result

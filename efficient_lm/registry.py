@@ -1,0 +1,51 @@
+"""Names of everything that a config can choose by name, and where it lives.
+
+Adding a method touches one new file and one line here. Values are "module:attribute" and are
+imported when first asked for, so that listing names costs nothing.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+from efficient_lm.errors import ConfigError
+
+MIXERS = {
+    "attention": "efficient_lm.mixers.attention:Attention",
+}
+FEED_FORWARDS = {
+    "dense": "efficient_lm.ffn.dense:Dense",
+    "none": "efficient_lm.ffn.dense:NoFeedForward",
+}
+OBJECTIVES = {
+    "autoregressive": "efficient_lm.objectives.autoregressive:autoregressive",
+}
+
+
+def suggest(name: str, known) -> str:
+    """ " (did you mean 'x'?)" for the nearest known name, or the whole list when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
+
+
+def resolve(table: dict[str, str], name: str, what: str) -> Any:
+    """The object that `name` stands for in `table`; ConfigError with the nearest name if none."""
+    if name not in table:
+        raise ConfigError(f"unknown {what} {name!r}; {suggest(name, table)}")
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def mixer(name: str):
+    """Sequence mixer class; its `Options` is the frozen dataclass of its config fields."""
+    return resolve(MIXERS, name, "mixer")
+
+
+def feed_forward(name: str):
+    """Feed-forward class; its `Options` is the frozen dataclass of its config fields."""
+    return resolve(FEED_FORWARDS, name, "feed-forward")
+
+
+def objective(name: str):
+    """Objective factory: (ObjectiveConfig) -> objective(model, batch, key) -> (loss, metrics)."""
+    return resolve(OBJECTIVES, name, "objective")

@@ -1,0 +1,5 @@
+"""Installs efficient_lm; all metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

@@ -96,7 +96,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning-rate schedule: linear warm-up, then `name`, ending at `final_fraction` of the peak."""
+    """Learning rate: linear warm-up, then `name`, ending at `final_fraction` of the peak."""
 
     name: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     warmup_steps: int = 100
@@ -221,7 +221,7 @@ def options_of(what: str, name: str, *overrides: Mapping[str, Any]):
 
 
 def layer_pattern(model: ModelConfig) -> tuple[LayerConfig, ...]:
-    """The pattern as LayerConfigs; entries may be names, tuples (mixer, options, ...) or mappings."""
+    """The pattern as LayerConfigs; entries may be names, tuples (mixer, ...) or mappings."""
     pattern = []
     for index, entry in enumerate(model.layers):
         path = f"config.model.layers[{index}]"
@@ -300,11 +300,10 @@ def check(config: Config) -> None:
         f"config.evaluation.stride={stride}; allowed: 1 to data.sequence_length="
         f"{data.sequence_length}",
     )
-    for path, value, table in (
-        ("objective.name", config.objective.name, registry.OBJECTIVES),
-    ):
-        require(value in table, f"config.{path}={value!r} is unknown; "
-                f"{registry.suggest(value, table)}")
+    for path, value, table in (("objective.name", config.objective.name, registry.OBJECTIVES),):
+        require(
+            value in table, f"config.{path}={value!r} is unknown; {registry.suggest(value, table)}"
+        )
     for index, (_, mixer_options, ffn_options) in enumerate(layer_options(model)):
         for options in (mixer_options, ffn_options):
             try:
@@ -323,8 +322,9 @@ def _build(cls, values, path: str):
     for name in values:
         if name not in hints:
             raise ConfigError(f"unknown field {path}.{name}; {registry.suggest(name, hints)}")
-    return cls(**{name: _coerce(hints[name], value, f"{path}.{name}")
-                  for name, value in values.items()})
+    return cls(
+        **{name: _coerce(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+    )
 
 
 def _coerce(hint, value, path: str):
@@ -352,8 +352,7 @@ def _coerce(hint, value, path: str):
         return float(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; "
-                      f"it must be a {hint.__name__}")
+    raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; it must be a {hint.__name__}")
 
 
 def _with_placeholders(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -366,8 +365,7 @@ def _with_placeholders(cls, values: dict[str, Any]) -> dict[str, Any]:
             value = _with_placeholders(hint, value)
         elif name in ("mixers", "ffns") and cls is ModelConfig:
             what = "mixer" if name == "mixers" else "feed-forward"
-            value = {k: _with_placeholders(type(options_of(what, k)), v)
-                     for k, v in value.items()}
+            value = {k: _with_placeholders(type(options_of(what, k)), v) for k, v in value.items()}
         elif value is None:
             kind = next(a for a in typing.get_args(hint) if a is not type(None))
             value = config_dict.placeholder(kind)

@@ -1,0 +1,212 @@
+"""Grouped-query softmax attention (arXiv 2305.13245): full or sliding window, with a KV cache."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+import pallas_kernels
+from efficient_lm import masks
+from efficient_lm.config import ModelConfig
+from efficient_lm.errors import ConfigError
+from efficient_lm.model.context import Context
+from efficient_lm.model.norm import RMSNorm
+from efficient_lm.model.parameter import cast, constant, matrix
+from efficient_lm.model.rope import RopeConfig, rotate
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Fields of `config.model.mixers.attention`."""
+
+    num_heads: int = 4
+    num_key_value_heads: int | None = None  # None: num_heads; 1: multi-query
+    head_dim: int | None = None  # None: embed_dim / num_heads
+    window: int | None = None  # tokens a query sees, itself included; None: all
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
+    gate: Literal["none", "sigmoid"] = "none"  # of the output, elementwise (arXiv 2505.06708)
+    soft_cap: float | None = None  # logits become soft_cap * tanh(logits / soft_cap)
+    sink: bool = False  # a learned logit per head that takes probability and gives no value
+    bias: bool = False  # of query, key and value
+    output_bias: bool = False
+    scale: float | None = None  # of the logits; None: head_dim ** -0.5
+    implementation: str = "auto"  # of pallas_kernels.attention
+
+    def sizes(self, model: ModelConfig) -> tuple[int, int, int]:
+        """(query heads, key-value heads, head dim)."""
+        head_dim = self.head_dim or model.embed_dim // self.num_heads
+        return self.num_heads, self.num_key_value_heads or self.num_heads, head_dim
+
+    def check(self, model: ModelConfig) -> None:
+        """ConfigError for sizes that do not divide."""
+        heads, key_value_heads, head_dim = self.sizes(model)
+        if heads < 1 or key_value_heads < 1 or heads % key_value_heads:
+            raise ConfigError(
+                f"num_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}"
+            )
+        if self.head_dim is None and model.embed_dim % heads:
+            raise ConfigError(
+                f"embed_dim={model.embed_dim} is not divisible by num_heads={heads}; "
+                "set head_dim or change one of them"
+            )
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window={self.window}; it must be at least 1, or None for all")
+        self.rope.rotated_dim(head_dim)
+
+
+class Attention(nnx.Module):
+    """project: q, k, v, gate; core: attention over tokens and cache; output: one matrix."""
+
+    Options = AttentionOptions
+
+    def __init__(self, model: ModelConfig, options: AttentionOptions, rngs: nnx.Rngs):
+        self.options = options
+        self.dtype = jnp.dtype(model.dtype)
+        heads, key_value_heads, head_dim = self.sizes = options.sizes(model)
+        embed = {"embed": model.embed_dim}
+        query_sizes = {"heads": heads, "head_dim": head_dim}
+        key_sizes = {"key_value_heads": key_value_heads, "head_dim": head_dim}
+
+        def projection(sizes):
+            return matrix(rngs, model, embed | sizes, inputs=["embed"], outputs=list(sizes))
+
+        self.query = projection(query_sizes)
+        self.key = projection(key_sizes)
+        self.value = projection(key_sizes)
+        self.out = matrix(
+            rngs,
+            model,
+            query_sizes | embed,
+            inputs=["heads", "head_dim"],
+            outputs=["embed"],
+            residual=True,
+        )
+        if options.gate == "sigmoid":
+            self.gate = projection(query_sizes)
+        if options.bias:
+            self.query_bias = constant(0.0, query_sizes)
+            self.key_bias = constant(0.0, key_sizes)
+            self.value_bias = constant(0.0, key_sizes)
+        if options.output_bias:
+            self.out_bias = constant(0.0, embed)
+        if options.qk_norm:
+            self.query_norm = RMSNorm(model, head_dim, "head_dim")
+            self.key_norm = RMSNorm(model, head_dim, "head_dim")
+        if options.sink:
+            self.sink = constant(0.0, {"heads": heads})
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, state: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any, dict]:
+        """(y, new decode state or None, auxiliary values)."""
+        projected = self.project(x, context)
+        attended, state, aux = self.core(projected, context, state)
+        return self.output(attended, projected, context), state, aux
+
+    def project(self, x: Float[Array, "B T D"], context: Context) -> dict[str, Array]:
+        """Per token: query and (if gated) gate [B, T, N, H], key and value [B, T, K, H]."""
+        projected = {}
+        for name, heads in (("query", "heads"), ("key", "key_value_heads"),
+                            ("value", "key_value_heads"), ("gate", "heads")):  # fmt: skip
+            if not hasattr(self, name):
+                continue
+            y = jnp.einsum("btd,dnh->btnh", x, cast(getattr(self, name), self.dtype))
+            if hasattr(self, f"{name}_bias"):
+                y = y + cast(getattr(self, f"{name}_bias"), self.dtype)[None, None]
+            projected[name] = context.shard(y, "batch", "length", heads, "head_dim")
+        if self.options.qk_norm:
+            projected["query"] = self.query_norm(projected["query"])
+            projected["key"] = self.key_norm(projected["key"])
+        for name in ("query", "key"):
+            projected[name] = rotate(projected[name], context.positions, self.options.rope)
+        return projected
+
+    def core(
+        self, projected: dict[str, Array], context: Context, state: Any = None
+    ) -> tuple[Float[Array, "B T N H"], Any, dict]:
+        """Attention of each head over the tokens given and, with `state`, those before them."""
+        key, value = projected["key"], projected["value"]
+        index, segments = context.index, context.segment_ids
+        query_index, key_index, key_segments = None, None, segments
+        if state is not None:
+            old, state = state, write(state, key, value, index, segments)
+            if not context.fresh:
+                query_index = index
+                # A ring that T > 1 new tokens wrap would lose keys which the first of them see.
+                whole = key.shape[1] == 1 or self.options.window is None
+                if whole:
+                    key, value, key_index, key_segments = (
+                        state[name] for name in ("key", "value", "index", "segment_ids")
+                    )
+                else:
+                    new = {
+                        "key": key,
+                        "value": value,
+                        "index": index,
+                        "segment_ids": jnp.ones_like(index) if segments is None else segments,
+                    }
+                    key, value, key_index, key_segments = (
+                        jnp.concatenate([old[name], new[name].astype(old[name].dtype)], axis=1)
+                        for name in ("key", "value", "index", "segment_ids")
+                    )
+        mask = context.mask
+        if self.options.window is not None:
+            mask = mask & masks.SlidingWindow(self.options.window)
+        if segments is not None:
+            mask = mask & masks.Segments(segments, key_segments)
+        attended = pallas_kernels.attention(
+            projected["query"],
+            key.astype(projected["query"].dtype),
+            value.astype(projected["query"].dtype),
+            mask=mask.lower(query_index=query_index, key_index=key_index),
+            scale=self.options.scale,
+            soft_cap=self.options.soft_cap,
+            sinks=self.sink[...] if self.options.sink else None,
+            implementation=self.options.implementation,
+        )
+        return attended, state, {}
+
+    def output(
+        self, attended: Float[Array, "B T N H"], projected: dict[str, Array], context: Context
+    ) -> Float[Array, "B T D"]:
+        """Per token: gate, then the output matrix."""
+        if "gate" in projected:
+            attended = attended * jax.nn.sigmoid(projected["gate"])
+        y = jnp.einsum("btnh,nhd->btd", attended, cast(self.out, self.dtype))
+        if self.options.output_bias:
+            y = y + cast(self.out_bias, self.dtype)[None, None]
+        return context.shard(y, "batch", "length", "embed")
+
+    def init_state(self, batch: int, max_length: int, dtype) -> dict[str, Array]:
+        """An empty KV cache: `max_length` slots, or a ring of `window` slots when that is less."""
+        _, heads, head_dim = self.sizes
+        slots = min(max_length, self.options.window or max_length)
+        return {
+            "key": jnp.zeros((batch, slots, heads, head_dim), dtype),
+            "value": jnp.zeros((batch, slots, heads, head_dim), dtype),
+            "index": jnp.full((batch, slots), -1, jnp.int32),
+            "segment_ids": jnp.zeros((batch, slots), jnp.int32),
+        }
+
+
+def write(state, key, value, index, segments):
+    """The cache with new tokens at slot index % slots; padding and overwritten tokens dropped."""
+    slots = state["index"].shape[1]
+    last = jnp.max(index, axis=1, keepdims=True)
+    keep = (index >= 0) & (index > last - slots)
+    slot = jnp.where(keep, index % slots, slots)
+    row = jnp.arange(index.shape[0])[:, None]
+    new = {
+        "key": key,
+        "value": value,
+        "index": index,
+        "segment_ids": jnp.ones_like(index) if segments is None else segments,
+    }
+    return {
+        name: state[name].at[row, slot].set(new[name].astype(state[name].dtype), mode="drop")
+        for name in state
+    }

@@ -1,0 +1,83 @@
+"""One layer: mixer and feed-forward on a residual stream, with norms placed as configured."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Key
+
+from efficient_lm import registry
+from efficient_lm.config import LayerConfig, ModelConfig
+from efficient_lm.model.context import Context
+from efficient_lm.model.norm import RMSNorm
+
+
+class Residual(nnx.Module):
+    """x + f(norm(x)) [pre], norm(x + f(x)) [post] or x + norm(f(norm(x))) [sandwich]."""
+
+    def __init__(self, model: ModelConfig):
+        self.placement = model.norm_placement
+        self.dropout = model.dropout
+        if self.placement != "post":
+            self.norm_in = RMSNorm(model, model.embed_dim)
+        if self.placement != "pre":
+            self.norm_out = RMSNorm(model, model.embed_dim)
+
+    def enter(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The input of the branch."""
+        return x if self.placement == "post" else self.norm_in(x)
+
+    def leave(
+        self,
+        x: Float[Array, "B T D"],
+        branch: Float[Array, "B T D"],
+        dropout_key: Key[Array, ""] | None,
+    ) -> Float[Array, "B T D"]:
+        """The stream after the branch is added."""
+        if self.placement == "sandwich":
+            branch = self.norm_out(branch)
+        x = x + dropout(branch, self.dropout, dropout_key)
+        return self.norm_out(x) if self.placement == "post" else x
+
+
+class Block(nnx.Module):
+    """A mixer and a feed-forward, each on its residual branch."""
+
+    def __init__(
+        self, model: ModelConfig, layer: LayerConfig, mixer_options, ffn_options, rngs: nnx.Rngs
+    ):
+        self.mixer_residual = Residual(model)
+        self.mixer = registry.mixer(layer.mixer)(model, mixer_options, rngs)
+        if layer.ffn != "none":
+            self.ffn_residual = Residual(model)
+            self.ffn = registry.feed_forward(layer.ffn)(model, ffn_options, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        state: Any = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any, dict]:
+        """(x, new decode state or None, auxiliary values by "mixer" and "ffn")."""
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        branch, state, mixer_aux = self.mixer(self.mixer_residual.enter(x), context, state)
+        branch = checkpoint_name(branch, "mixer")
+        x = self.mixer_residual.leave(x, branch, keys[0])
+        ffn_aux = {}
+        if hasattr(self, "ffn"):
+            branch, ffn_aux = self.ffn(self.ffn_residual.enter(x), context)
+            x = self.ffn_residual.leave(x, branch, keys[1])
+        return x, state, {"mixer": mixer_aux, "ffn": ffn_aux}
+
+
+def dropout(
+    x: Float[Array, "B T D"], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "B T D"]:
+    """Zero a share `rate` of the features and scale up the rest; `key=None` is the identity."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -25,7 +25,8 @@ class Output:
     logits: fp32 [B, T, V], or None when not asked for.
     hidden: [B, T, D] after the final norm; times `unembedding()` they are the logits.
     state: decode state after these tokens, or None when none was given.
-    aux: values that layers returned beside their output, for objectives and state updates.
+    aux: `layers` holds what layers returned beside their output; entries of it whose names end in
+      "_loss" are summed over the layers under their own names, for objectives to add.
     """
 
     logits: Float[Array, "B T V"] | None
@@ -111,6 +112,7 @@ class LanguageModel(nnx.Module):
             # From the index, so that rows of padding alone leave the length as it was.
             new_length = jnp.maximum(state["length"], jnp.max(index, axis=1) + 1)
             new_state = {"length": new_length, "layers": layers_state}
+        aux = {"layers": aux} | _sum_losses(aux)
         return Output(self.logits(hidden) if logits else None, hidden, new_state, aux)
 
     def unembedding(self) -> Float[Array, "V D"]:
@@ -137,3 +139,13 @@ class LanguageModel(nnx.Module):
             "length": jnp.zeros((batch,), jnp.int32),
             "layers": self.stack.init_state(batch, max_length, dtype),
         }
+
+
+def _sum_losses(aux: Any) -> dict[str, Float[Array, ""]]:
+    """Auxiliary losses by name, summed over the layers."""
+    losses: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if name.endswith("_loss"):
+            losses[name] = losses.get(name, 0.0) + jnp.sum(leaf)
+    return losses

@@ -1,0 +1,61 @@
+"""Which mesh axes a logical axis is split over, as data, and the shardings that follow."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Fully sharded data parallelism: every matrix is split along the model width, and gathered
+# layer by layer inside the scan; a batch is split over both axes.
+PARAMETER_RULES: dict[str, tuple[str, ...]] = {"embed": ("fsdp",)}
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp")}
+
+
+def partition_spec(
+    rules: dict[str, tuple[str, ...]],
+    mesh: Mesh,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+) -> PartitionSpec:
+    """PartitionSpec of an array; an axis that its mesh axes do not divide stays whole."""
+    used: set[str] = set()
+    entries = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = tuple(n for n in rules.get(axis, ()) if mesh.shape[n] > 1 and n not in used)
+        split = 1
+        for name in names:
+            split *= mesh.shape[name]
+        if names and size % split == 0:
+            used.update(names)
+            entries.append(names if len(names) > 1 else names[0])
+        else:
+            entries.append(None)
+    return PartitionSpec(*entries)
+
+
+def parameter_shardings(mesh: Mesh, parameters: Any) -> Any:
+    """Shardings for a tree of nnx.Param that carry `axes`, in the same structure."""
+    return jax.tree.map(
+        lambda leaf: NamedSharding(
+            mesh, partition_spec(PARAMETER_RULES, mesh, leaf.axes, leaf.shape)
+        ),
+        parameters,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of the rows of a batch."""
+    return NamedSharding(mesh, PartitionSpec(ACTIVATION_RULES["batch"]))
+
+
+def activation_sharder(mesh: Mesh) -> Callable[..., jax.Array]:
+    """The function that models call as `shard(x, *logical_axes)`."""
+
+    def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+        spec = partition_spec(ACTIVATION_RULES, mesh, axes, x.shape)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return shard

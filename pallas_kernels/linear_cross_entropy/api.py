@@ -43,7 +43,7 @@ def linear_cross_entropy(
     Returns:
       total: sum_i w_i (lse_i - logit_i[label_i] + z lse_i^2); gradients in hidden and weight.
       sums: the parts, without gradients: loss_sum (cross-entropy alone), z_loss_sum, weight_sum,
-        correct_sum (weights of rows whose label has the single highest logit).
+        correct_sum (weights of rows where no logit is higher than the label's).
 
     Raises:
       ValueError: unknown implementation, or `shards` does not divide the first dimension.
@@ -77,7 +77,7 @@ def linear_cross_entropy_per_token(
     chunk_logits: int = 2**24,
     shards: int = 1,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """(loss in nats, 1.0 where the label has the single highest logit) of each row; no gradient.
+    """(loss in nats, 1.0 where no logit is higher than the label's) of each row; no gradient.
 
     Arguments as in `linear_cross_entropy`; the logits are chunked by rows.
     """
@@ -90,14 +90,12 @@ def linear_cross_entropy_per_token(
 
 
 def _by_shards(shards: int, hidden, *per_row):
-    """hidden [*batch, D] as [S, R, D] and arrays [*batch] as [S, R]."""
+    """hidden [*batch, D] as [R, D], or [S, R, D] for several shards, and arrays [*batch] alike."""
     batch = hidden.shape[:-1]
     if shards > 1 and (not batch or batch[0] % shards):
         raise ValueError(
             f"linear_cross_entropy: shards={shards} does not divide the first dimension of hidden "
             f"{hidden.shape}"
         )
-    return (
-        hidden.reshape(shards, -1, hidden.shape[-1]),
-        *(x.reshape(shards, -1) for x in per_row),
-    )
+    rows = (-1,) if shards == 1 else (shards, -1)
+    return hidden.reshape(*rows, hidden.shape[-1]), *(x.reshape(rows) for x in per_row)

@@ -23,12 +23,12 @@ def linear_cross_entropy_ref(
     lse = jax.nn.logsumexp(logits, axis=-1)
     is_label = jax.nn.one_hot(labels, weight.shape[0], dtype=bool)
     label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    highest_other = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+    correct = label_logit >= jnp.max(logits, axis=-1)
     sums = {
         "loss_sum": jnp.sum(weights * (lse - label_logit)),
         "z_loss_sum": z_loss * jnp.sum(weights * lse**2),
         "weight_sum": jnp.sum(weights),
-        "correct_sum": jnp.sum(jnp.where(label_logit > highest_other, weights, 0.0)),
+        "correct_sum": jnp.sum(jnp.where(correct, weights, 0.0)),
     }
     return sums["loss_sum"] + sums["z_loss_sum"], sums
 

@@ -1,15 +1,16 @@
 """Cross-entropy of a linear classifier in chunks of logits, by rows or by vocabulary.
 
-Arrays are laid out as hidden [S, R, D]: S shards of R rows each, chunks cut along R or along V.
+Hidden is [R, D], or [S, R, D] for S shards of R rows each; chunks are cut along R or along V.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 
 class Options(NamedTuple):
@@ -23,9 +24,9 @@ class Options(NamedTuple):
 class Scores(NamedTuple):
     """What each row contributes."""
 
-    label_logit: Float[Array, "S R"]
-    lse: Float[Array, "S R"]
-    correct: Bool[Array, "S R"]  # the label's logit is higher than all others
+    label_logit: Float[Array, "*S R"]
+    lse: Float[Array, "*S R"]
+    correct: Bool[Array, "*S R"]  # no logit is higher than the label's
 
 
 class Chunks(NamedTuple):
@@ -46,9 +47,10 @@ class Chunks(NamedTuple):
     def start(self, index):
         return jnp.minimum(index * self.size, self.length - self.size)
 
-    def fresh(self, index) -> Bool[Array, " size"]:
-        """Which entries of slice `index` no earlier slice held."""
-        return self.start(index) + jnp.arange(self.size, dtype=jnp.int32) >= index * self.size
+    def fresh(self, index, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        """Which entries of slice `index` no earlier slice held, along the last axis of `shape`."""
+        place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        return self.start(index) + place >= index * self.size
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -65,36 +67,45 @@ def by_rows(hidden, weight, labels, weights, options: Options):
 
 def _by_rows_forward(hidden, weight, labels, weights, options):
     chunks = _row_chunks(hidden, weight, options)
+    axis = labels.ndim - 1  # of rows, in all arrays
     compute_weight = weight.astype(hidden.dtype)
 
     def gradients(hidden, labels, weights):
-        logits, is_label = _logits(hidden, compute_weight, labels, options)
-        scores = _scores(logits, is_label)
-        dlogits = _dlogits(logits, is_label, scores.lse, weights, options).astype(hidden.dtype)
+        logits = _logits(hidden, compute_weight, options)
+        scores, exponentials, total = _scores(logits, labels)
+        scale = _z_scale(scores.lse, weights, options) / total
+        # Scaling the exponentials at hand is cheaper than a second exp over the chunk.
+        dlogits = _dlogits(logits, exponentials * scale[..., None], labels, weights, options)
+        dlogits = dlogits.astype(hidden.dtype)
         dhidden = jnp.einsum(
-            "srv,vd->srd", dlogits, compute_weight, preferred_element_type=jnp.float32
+            "...rv,vd->...rd", dlogits, compute_weight, preferred_element_type=jnp.float32
         )
-        dweight = jnp.einsum("srv,srd->svd", dlogits, hidden, preferred_element_type=jnp.float32)
+        dweight = jnp.einsum(
+            "...rv,...rd->...vd", dlogits, hidden, preferred_element_type=jnp.float32
+        )
         return scores, dhidden.astype(hidden.dtype), dweight
 
     def body(carry, index):
         scores, dhidden, dweight = carry
         start = chunks.start(index)
-        rows = [_slice(x, start, chunks.size) for x in (hidden, labels, weights)]
-        rows[2] = jnp.where(chunks.fresh(index)[None], rows[2], 0.0)
+        rows = [_slice(x, axis, start, chunks.size) for x in (hidden, labels, weights)]
+        rows[2] = jnp.where(chunks.fresh(index, rows[2].shape), rows[2], 0.0)
         new_scores, new_dhidden, new_dweight = gradients(*rows)
-        scores = jax.tree.map(lambda old, new: _write(old, new, start), scores, new_scores)
-        dhidden = _write(dhidden, _slice(dhidden, start, chunks.size) + new_dhidden, start)
+        scores = jax.tree.map(lambda old, new: _write(old, new, axis, start), scores, new_scores)
+        dhidden = _write(
+            dhidden, _slice(dhidden, axis, start, chunks.size) + new_dhidden, axis, start
+        )
         return (scores, dhidden, dweight + new_dweight), None
 
     if chunks.count == 1:
         scores, dhidden, dweight = gradients(hidden, labels, weights)
     else:
-        dweight = jnp.zeros((hidden.shape[0], *weight.shape), jnp.float32)
+        dweight = jnp.zeros((*hidden.shape[:-2], *weight.shape), jnp.float32)
         carry = (_empty_scores(labels), jnp.zeros_like(hidden), dweight)
         (scores, dhidden, dweight), _ = lax.scan(body, carry, jnp.arange(chunks.count))
-    dweight = jnp.sum(dweight, axis=0).astype(weight.dtype)
-    return _reduce(scores, weights, options), (dhidden, dweight)
+    if dweight.ndim > weight.ndim:
+        dweight = jnp.sum(dweight, axis=0)
+    return _reduce(scores, weights, options), (dhidden, dweight.astype(weight.dtype))
 
 
 def _by_rows_backward(options, residuals, cotangents):
@@ -120,20 +131,21 @@ def _by_vocabulary_forward(hidden, weight, labels, weights, options):
     chunks = _vocabulary_chunks(hidden, weight, options)
 
     def body(carry, index):
-        highest_other, total, label_logit, highest = carry
-        logits, is_label, _ = _vocabulary_slice(hidden, weight, labels, chunks, index, options)
-        other = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-        new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
-        exponentials = jnp.exp(logits - new_highest[..., None])
+        highest, total, label_logit = carry
+        logits, _ = _vocabulary_slice(hidden, weight, chunks, index, options)
+        fresh = chunks.fresh(index, logits.shape)
+        new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))  # repeats do no harm here
+        exponentials = jnp.where(fresh, jnp.exp(logits - new_highest[..., None]), 0.0)
         total = total * jnp.exp(highest - new_highest) + jnp.sum(exponentials, axis=-1)
-        label_logit = label_logit + jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-        return (jnp.maximum(highest_other, other), total, label_logit, new_highest), None
+        place = labels - chunks.start(index)
+        inside = (place >= 0) & (place < chunks.size)
+        label_logit = jnp.where(inside, _pick(logits, place), label_logit)
+        return (new_highest, total, label_logit), None
 
-    lowest = jnp.full(labels.shape, -jnp.inf)
     zeros = jnp.zeros(labels.shape)
-    carry, _ = lax.scan(body, (lowest, zeros, zeros, lowest), jnp.arange(chunks.count))
-    highest_other, total, label_logit, highest = carry
-    scores = Scores(label_logit, highest + jnp.log(total), label_logit > highest_other)
+    carry = (jnp.full(labels.shape, -jnp.inf), zeros, zeros)
+    (highest, total, label_logit), _ = lax.scan(body, carry, jnp.arange(chunks.count))
+    scores = Scores(label_logit, highest + jnp.log(total), label_logit >= highest)
     residuals = (hidden, weight, labels, weights, scores.lse)
     return _reduce(scores, weights, options), residuals
 
@@ -141,16 +153,18 @@ def _by_vocabulary_forward(hidden, weight, labels, weights, options):
 def _by_vocabulary_backward(options, residuals, cotangents):
     hidden, weight, labels, weights, lse = residuals
     weights = weights * cotangents[0]
+    scale = _z_scale(lse, weights, options)
     chunks = _vocabulary_chunks(hidden, weight, options)
 
     def body(carry, index):
         dhidden, dweight = carry
-        logits, is_label, rows = _vocabulary_slice(hidden, weight, labels, chunks, index, options)
-        dlogits = _dlogits(logits, is_label, lse, weights, options)
-        dlogits = jnp.where(chunks.fresh(index)[None, None], dlogits, 0.0).astype(hidden.dtype)
-        dhidden += jnp.einsum("srv,vd->srd", dlogits, rows, preferred_element_type=jnp.float32)
-        new = jnp.einsum("srv,srd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
+        logits, rows = _vocabulary_slice(hidden, weight, chunks, index, options)
         start = chunks.start(index)
+        probabilities = jnp.exp(logits - lse[..., None]) * scale[..., None]
+        dlogits = _dlogits(logits, probabilities, labels - start, weights, options)
+        dlogits = jnp.where(chunks.fresh(index, dlogits.shape), dlogits, 0.0).astype(hidden.dtype)
+        dhidden += jnp.einsum("...rv,vd->...rd", dlogits, rows, preferred_element_type=jnp.float32)
+        new = jnp.einsum("...rv,...rd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
         old = lax.dynamic_slice_in_dim(dweight, start, chunks.size, 0)
         new = old + new.astype(weight.dtype)  # one of the two is zero: no rounding
         return (dhidden, lax.dynamic_update_slice_in_dim(dweight, new, start, 0)), None
@@ -170,15 +184,16 @@ def scores_by_rows(hidden, weight, labels, options: Options) -> Scores:
 
 def _row_scores(hidden, weight, labels, options) -> Scores:
     chunks = _row_chunks(hidden, weight, options)
+    axis = labels.ndim - 1  # of rows, in all arrays
     compute_weight = weight.astype(hidden.dtype)
 
     def score(hidden, labels):
-        return _scores(*_logits(hidden, compute_weight, labels, options))
+        return _scores(_logits(hidden, compute_weight, options), labels)[0]
 
     def body(scores, index):
         start = chunks.start(index)
-        new = score(_slice(hidden, start, chunks.size), _slice(labels, start, chunks.size))
-        return jax.tree.map(lambda old, new: _write(old, new, start), scores, new), None
+        new = score(*(_slice(x, axis, start, chunks.size) for x in (hidden, labels)))
+        return jax.tree.map(lambda old, new: _write(old, new, axis, start), scores, new), None
 
     if chunks.count == 1:
         return score(hidden, labels)
@@ -186,43 +201,53 @@ def _row_scores(hidden, weight, labels, options) -> Scores:
 
 
 def _row_chunks(hidden, weight, options) -> Chunks:
-    return Chunks.cover(hidden.shape[1], options.chunk_logits // (hidden.shape[0] * len(weight)))
+    shards = math.prod(hidden.shape[:-2])
+    return Chunks.cover(hidden.shape[-2], options.chunk_logits // (shards * len(weight)))
 
 
 def _vocabulary_chunks(hidden, weight, options) -> Chunks:
-    return Chunks.cover(len(weight), options.chunk_logits // (hidden.shape[0] * hidden.shape[1]))
+    return Chunks.cover(len(weight), options.chunk_logits // math.prod(hidden.shape[:-1]))
 
 
-def _vocabulary_slice(hidden, weight, labels, chunks, index, options):
-    """Logits, which of them are the label's, and the weight rows of one slice of the vocabulary."""
-    start = chunks.start(index)
-    rows = lax.dynamic_slice_in_dim(weight, start, chunks.size, 0).astype(hidden.dtype)
-    logits, is_label = _logits(hidden, rows, labels - start, options)
-    fresh = chunks.fresh(index)[None, None]
-    return jnp.where(fresh, logits, -jnp.inf), is_label & fresh, rows
+def _vocabulary_slice(hidden, weight, chunks, index, options):
+    """Logits and weight rows of one slice of the vocabulary."""
+    rows = lax.dynamic_slice_in_dim(weight, chunks.start(index), chunks.size, 0)
+    rows = rows.astype(hidden.dtype)
+    return _logits(hidden, rows, options), rows
 
 
-def _logits(hidden, weight, labels, options):
-    """Float32 logits [S, R, V], soft-capped, and which of them is the label's."""
-    logits = jnp.einsum("srd,vd->srv", hidden, weight, preferred_element_type=jnp.float32)
+def _logits(hidden, weight, options) -> Float[Array, "*S R V"]:
+    """Float32 logits, soft-capped."""
+    logits = jnp.einsum("...rd,vd->...rv", hidden, weight, preferred_element_type=jnp.float32)
     if options.soft_cap is not None:
         logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
-    return logits, jax.nn.one_hot(labels, len(weight), dtype=bool)
+    return logits
 
 
-def _scores(logits, is_label) -> Scores:
-    label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    highest_other = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+def _pick(logits, labels) -> Float[Array, "*S R"]:
+    """The label's logit; some finite value where the label is out of range."""
+    return jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
+
+
+def _scores(logits, labels):
+    """Scores, exp(logits - highest) and its sum."""
     highest = jnp.max(logits, axis=-1)
-    lse = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1))
-    return Scores(label_logit, lse, label_logit > highest_other)
+    exponentials = jnp.exp(logits - highest[..., None])
+    total = jnp.sum(exponentials, axis=-1)
+    label_logit = _pick(logits, labels)
+    scores = Scores(label_logit, highest + jnp.log(total), label_logit >= highest)
+    return scores, exponentials, total
 
 
-def _dlogits(logits, is_label, lse, weights, options):
+def _z_scale(lse, weights, options):
+    """Factor of the probabilities in the gradient: d(lse + z lse^2) / d lse, weighted."""
+    return weights * (1.0 + 2.0 * options.z_loss * lse)
+
+
+def _dlogits(logits, scaled_probabilities, labels, weights, options):
     """Gradient of the total in the logits before the soft-cap, float32."""
-    scale = weights * (1.0 + 2.0 * options.z_loss * lse)
-    probabilities = jnp.exp(logits - lse[..., None])
-    dlogits = scale[..., None] * probabilities - jnp.where(is_label, weights[..., None], 0.0)
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    dlogits = scaled_probabilities - jnp.where(is_label, weights[..., None], 0.0)
     if options.soft_cap is not None:
         dlogits = dlogits * (1.0 - jnp.square(logits / options.soft_cap))
     return dlogits
@@ -243,9 +268,10 @@ def _empty_scores(labels) -> Scores:
     return Scores(zeros, zeros, jnp.zeros(labels.shape, bool))
 
 
-def _slice(x, start, size):
-    return lax.dynamic_slice_in_dim(x, start, size, axis=1)
+# Rows are the last axis but one of hidden and the last of labels: the same axis of both.
+def _slice(x, axis, start, size):
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _write(x, piece, start):
-    return lax.dynamic_update_slice_in_dim(x, piece, start, axis=1)
+def _write(x, piece, axis, start):
+    return lax.dynamic_update_slice_in_dim(x, piece, start, axis)

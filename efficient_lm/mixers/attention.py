@@ -181,6 +181,12 @@ class Attention(nnx.Module):
             y = y + cast(self.out_bias, self.dtype)[None, None]
         return context.shard(y, "batch", "length", "embed")
 
+    @staticmethod
+    def core_flops(model: ModelConfig, options: AttentionOptions, length: int) -> float:
+        """Forward FLOPs of the core for one token among `length`: scores and weighted values."""
+        heads, _, head_dim = options.sizes(model)
+        return 4.0 * heads * head_dim * min(length, options.window or length)
+
     def init_state(self, batch: int, max_length: int, dtype) -> dict[str, Array]:
         """An empty KV cache: `max_length` slots, or a ring of `window` slots when that is less."""
         _, heads, head_dim = self.sizes

@@ -92,7 +92,11 @@ def make_train_step(
         compute = gradients if microbatches == 1 else accumulated
         (value, sums), gradient = compute(state.parameters, batch, key)
         norm = optax.global_norm(gradient)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        # Once the run of non-finite steps is too long, nothing changes any more until the host,
+        # which looks at metrics later, stops the run.
+        limit = config.training.max_nonfinite_steps
+        halted = state.skipped_in_a_row >= limit
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & ~halted
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -114,8 +118,8 @@ def make_train_step(
             optimizer=keep(new_optimizer, state.optimizer),
             average=average,
             sums=sums,
-            skipped=state.skipped + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+            skipped=state.skipped + jnp.where(halted, 0, skipped),
+            skipped_in_a_row=jnp.where(halted, limit, (state.skipped_in_a_row + 1) * skipped),
             key=state.key,
         )
         metrics = sums | {

@@ -1,0 +1,266 @@
+"""A training run from its config to its last checkpoint: train, evaluate, save, stop, resume."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from efficient_lm.config import Config
+from efficient_lm.data.pipeline import make_evaluation_batches, prefetch_to_device
+from efficient_lm.errors import CheckpointError, NonFiniteError
+from efficient_lm.training.metrics import MetricsWriter
+from efficient_lm.training.progress import Progress
+from efficient_lm.training.setup import Run, set_up
+from efficient_lm.training.speed import Speed, peak_memory_bytes
+from efficient_lm.training.state import TrainState
+from efficient_lm.training.step import place_batch
+
+PROFILED_STEPS = 5
+
+
+def train(config: Config, workdir: str | Path, *, profile: bool = False) -> dict[str, Any]:
+    """Run `config` in `workdir`, going on from its newest good checkpoint if there is one.
+
+    Writes checkpoints, metrics.jsonl, TensorBoard files and summary.json; returns the summary.
+    `profile` writes a jax.profiler trace of a few steps to workdir/profile.
+
+    Raises:
+      UserError: config, data, devices or checkpoints do not fit; non-finite values persist.
+      SystemExit: 128 + the number of the signal, after SIGTERM or SIGINT and once all is saved.
+    """
+    run = set_up(config, Path(workdir))
+    try:
+        with MetricsWriter(run.workdir, resume_step=run.start) as writer:
+            return _Loop(run, writer, profile).run_all()
+    finally:
+        run.checkpointer.close()
+
+
+class _Loop:
+    """The host's side of a run: what was logged, evaluated and saved, and when."""
+
+    def __init__(self, run: Run, writer: MetricsWriter, profile: bool):
+        self.run, self.config, self.writer = run, run.config, writer
+        self.profile = profile
+        self.state: TrainState = run.state
+        self.batches = prefetch_to_device(
+            run.iterator, lambda batch: place_batch(batch, run.mesh), run.config.data.prefetch
+        )
+        self.speed = Speed(run)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.evaluation: tuple[int, dict[str, float]] | None = None
+        self.evaluation_batches: dict[int | None, Any] = {}
+        self.saved: int | None = run.start if run.start else None
+        self.skipped = 0
+        self.summary: dict[str, Any] = {}
+
+    def run_all(self) -> dict[str, Any]:
+        """Train to the end or a signal; the summary."""
+        total, start = self.config.training.steps, self.run.start
+        with Progress(total, start) as self.progress, _signals() as received:
+            self._introduce()
+            if start < total:
+                first = next(self.batches)
+                step = self._compile(first)
+                self._train(step, first, received)
+            if self.evaluation is None or self.evaluation[0] != max(total, start):
+                self._evaluate(max(total, start), None)
+            self._save(max(total, start), wait=True)
+        return self._summarize()
+
+    def _train(self, step, batch, received: list[int]) -> None:
+        config, total = self.config, self.config.training.steps
+        self.speed.start()
+        for done in range(self.run.start + 1, total + 1):
+            if batch is None:
+                batch = next(self.batches)
+            self._trace(done)
+            self.state, metrics = step(self.state, batch)
+            batch = None
+            if done % config.training.log_every == 0 or done == total:
+                # The interval before this one is fetched while this one's last step computes.
+                self._log()
+                self.pending = (done, metrics)
+            if received:
+                self._log()
+                self._save(done, wait=True)
+                name = signal.Signals(received[0]).name
+                self.progress.message(
+                    f"{name}: saved step {done}; the same command goes on from there"
+                )
+                raise SystemExit(128 + received[0])
+            every = config.evaluation.every
+            if every and done % every == 0 and done < total:
+                self._evaluate(done, config.evaluation.batches)
+            if done % config.checkpointing.every == 0 and done < total:
+                self._save(done, wait=False)
+        self._log()
+
+    def _introduce(self) -> None:
+        run, total = self.run, self.config.training.steps
+        device = run.mesh.devices.flat[0]
+        self.progress.message(
+            f"{run.definition.count():,} parameters on {run.mesh.size} x {device.device_kind}"
+        )
+        if run.start >= total:
+            self.progress.message(f"{run.workdir} is finished at step {run.start}")
+        elif run.start:
+            self.progress.message(f"resuming {run.workdir} from step {run.start} of {total}")
+
+    def _compile(self, batch):
+        """The train step, compiled ahead so that its time and memory are known apart."""
+        began = time.perf_counter()
+        compiled = self.run.train_step.lower(self.state, batch).compile()
+        self.summary["compile_seconds"] = time.perf_counter() - began
+        self.summary["peak_memory_bytes"] = peak_memory_bytes(compiled)
+        return compiled
+
+    def _trace(self, done: int) -> None:
+        """Start and stop the profiler around a few steps after the first log line."""
+        if not self.profile:
+            return
+        first = self.run.start + self.config.training.log_every + 1
+        if done == min(first, self.config.training.steps):
+            jax.block_until_ready(self.state.step)
+            jax.profiler.start_trace(str(self.run.workdir / "profile"))
+        elif done == first + PROFILED_STEPS or done == self.config.training.steps:
+            jax.block_until_ready(self.state.step)
+            jax.profiler.stop_trace()
+            self.profile = False
+            self.progress.message(f"profile of {PROFILED_STEPS} steps: {self.run.workdir}/profile")
+
+    def _log(self) -> None:
+        """Fetch and write the metrics of the pending interval, if any."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        row = {
+            "loss": _divide(metrics["loss_sum"], metrics["weight_sum"]),
+            "bits_per_byte": _divide(metrics["loss_sum"] / math.log(2), metrics["bytes_sum"]),
+            "learning_rate": metrics["learning_rate"],
+            "gradient_norm": metrics["gradient_norm"],
+            "skipped_updates": int(metrics["skipped"]),
+        } | self.speed.measure(step)
+        self.writer.write(step, "train", row)
+        self.progress.update(step, row)
+        if metrics["skipped"] > self.skipped:
+            self.skipped = int(metrics["skipped"])
+            self.progress.message(
+                f"step {step}: non-finite loss or gradient; {self.skipped} updates skipped so far"
+            )
+        limit = self.config.training.max_nonfinite_steps
+        if metrics["skipped_in_a_row"] >= limit:
+            self._save(step, wait=True)
+            raise NonFiniteError(
+                f"loss or gradient was not finite in {limit} steps in a row (seen at step {step}); "
+                "parameters are as before them; lower config.optimizer.learning_rate or raise "
+                "config.training.max_nonfinite_steps"
+            )
+
+    def _evaluate(self, step: int, limit: int | None) -> None:
+        """Score the validation split (at most `limit` batches) with the averaged weights if any."""
+        self._log()
+        self.speed.pause()
+        if limit not in self.evaluation_batches:
+            config = self.config
+            self.evaluation_batches[limit] = make_evaluation_batches(
+                config.data,
+                self.run.tokenizer,
+                batch_size=config.evaluation.batch_size,
+                stride=config.evaluation.stride,
+                limit=limit,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        parameters = self.state.parameters if self.state.average is None else self.state.average
+        totals = None
+        for batch in self.evaluation_batches[limit]:
+            sums = self.run.evaluation_step(parameters, place_batch(batch, self.run.mesh))
+            totals = sums if totals is None else jax.tree.map(jax.numpy.add, totals, sums)
+        totals = {name: float(value) for name, value in jax.device_get(totals).items()}
+        row = {
+            "loss": _divide(totals["loss_sum"], totals["weight_sum"]),
+            "bits_per_byte": _divide(totals["loss_sum"] / math.log(2), totals["bytes_sum"]),
+            "accuracy": _divide(totals["correct_sum"], totals["weight_sum"]),
+            "tokens": totals["weight_sum"],
+        }
+        self.writer.write(step, "valid", row)
+        self.evaluation = (step, row)
+        self.progress.message(
+            f"step {step}: validation loss {row['loss']:.4f} nats a token, "
+            f"{row['bits_per_byte']:.4f} bits per byte"
+        )
+        self.speed.start()
+
+    def _save(self, step: int, *, wait: bool) -> None:
+        """Save once a step; a failed save is reported and only fatal where nothing follows it."""
+        if self.saved == step:
+            return
+        self.speed.pause()
+        evaluated = self.evaluation is not None and self.evaluation[0] == step
+        try:
+            self.run.checkpointer.save(
+                step,
+                self.state.as_dict(),
+                iterator=self.batches.get_state(),
+                config=self.config.to_dict(),
+                metrics=self.evaluation[1] if evaluated else None,
+                wait=wait,
+            )
+            self.saved = step
+        except CheckpointError as error:
+            if wait:
+                raise
+            self.progress.message(f"warning: {error}")
+        self.speed.start()
+
+    def _summarize(self) -> dict[str, Any]:
+        """Write and return what the run came to."""
+        device = self.run.mesh.devices.flat[0]
+        step, row = self.evaluation
+        summary = {
+            "step": step,
+            "valid": row,
+            "parameters": self.run.definition.count(),
+            "device": device.device_kind,
+            "devices": self.run.mesh.size,
+            "jax": jax.__version__,
+            "command": sys.argv,
+            "skipped_updates": self.skipped,
+        }
+        summary |= self.speed.summary() | self.summary
+        (self.run.workdir / "summary.json").write_text(json.dumps(summary, indent=2))
+        return summary
+
+
+def _divide(numerator: float, denominator: float) -> float:
+    """A mean; NaN of nothing."""
+    return numerator / denominator if denominator else math.nan
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list; a second one stops at once, as without this."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number, frame):
+        received.append(number)
+        for again, handler in before.items():
+            signal.signal(again, handler)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,118 @@
+"""What a run needs before its first step: data, mesh, compiled functions, first or saved state."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from efficient_lm.config import Config
+from efficient_lm.data.pipeline import make_train_iterator
+from efficient_lm.data.sources import read_documents
+from efficient_lm.data.tokenizers import (
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    make_tokenizer,
+)
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.model.definition import ModelDefinition, define
+from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.training.checkpoint import Checkpointer
+from efficient_lm.training.optimizer import make_optimizer
+from efficient_lm.training.state import TrainState, abstract_state, make_initializer
+from efficient_lm.training.step import make_evaluation_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to take its next step; `state` is to be donated to `train_step`."""
+
+    config: Config
+    workdir: Path
+    mesh: Mesh
+    definition: ModelDefinition
+    tokenizer: Tokenizer
+    iterator: Any
+    checkpointer: Checkpointer
+    state: TrainState
+    start: int  # steps that `state` has behind it
+    train_step: Callable
+    evaluation_step: Callable
+
+
+def set_up(config: Config, workdir: Path) -> Run:
+    """Make the run's directory and tokenizer, and draw its state or restore the newest one."""
+    mesh = make_mesh(config.parallel)
+    rows = config.data.batch_size // config.optimizer.accumulation_steps
+    if rows % mesh.size:
+        raise ConfigError(
+            f"config.data.batch_size / config.optimizer.accumulation_steps = {rows} rows cannot "
+            f"be split over {mesh.size} devices; make it a multiple of {mesh.size}"
+        )
+    _make_directory(workdir)
+    tokenizer = _tokenizer(config, workdir)
+    check_vocabulary(tokenizer, config.model.vocabulary_size)
+    iterator = make_train_iterator(
+        config.data,
+        tokenizer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    definition = define(config.model)
+    optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
+    initial = make_initializer(config, definition, optimizer)
+    abstract = abstract_state(initial, definition, mesh)
+    checkpointer = Checkpointer(workdir, config.checkpointing)
+    restored = checkpointer.restore(abstract.as_dict())
+    if restored is None:
+        state, start = jax.jit(initial, out_shardings=_shardings(abstract))(), 0
+    else:
+        state, start = TrainState.from_dict(restored.state), restored.step
+        iterator.set_state(restored.iterator)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    arguments = (config, definition)
+    lengths = np.asarray(tokenizer.byte_lengths)
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        definition=definition,
+        tokenizer=tokenizer,
+        iterator=iterator,
+        checkpointer=checkpointer,
+        state=state,
+        start=start,
+        train_step=jax.jit(make_train_step(*arguments, optimizer, mesh, lengths), donate_argnums=0),
+        evaluation_step=jax.jit(make_evaluation_step(*arguments, mesh, lengths)),
+    )
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _make_directory(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot make the work directory {workdir}: {error.strerror}; choose another --workdir"
+        ) from None
+
+
+def _tokenizer(config: Config, workdir: Path) -> Tokenizer:
+    """The tokenizer saved in the run, so that a resumed run keeps its ids, or a new one, saved."""
+    directory = workdir / "tokenizer"
+    if directory.exists():
+        return load_tokenizer(directory)
+    texts = None
+    if config.data.tokenizer == "characters":
+        texts = read_documents(config.data, "train")
+    tokenizer = make_tokenizer(config.data, texts)
+    tokenizer.save(directory)
+    return tokenizer

@@ -5,17 +5,16 @@
 """
 
 import dataclasses
-import types
-import typing
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ml_collections
-from ml_collections import config_dict
 
 from efficient_lm import registry
 from efficient_lm.errors import ConfigError
+from efficient_lm.fields import build, with_placeholders
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ class ModelConfig:
     """A decoder: `num_layers` layers that repeat the pattern `layers` (the remainder is allowed).
 
     `mixers` and `ffns` hold the options by registered name for all layers; an entry of `layers`
-    overrides single options for its place in the pattern. Dimensions are in features.
+    overrides single options for its place in the pattern, also single fields of a group
+    (`layer(rope={"theta": 1e6})`). Options of a method that no layer uses are checked and have no
+    effect. Dimensions are in features.
     """
 
     vocabulary_size: int = 256
@@ -46,8 +47,8 @@ class ModelConfig:
     num_layers: int = 4
     max_length: int = 1024  # longest context in tokens
     layers: tuple = (("attention", {}, "dense", {}),)
-    mixers: Mapping[str, Any] = field(default_factory=lambda: {"attention": {}})
-    ffns: Mapping[str, Any] = field(default_factory=lambda: {"dense": {}})
+    mixers: Mapping[str, Any] = field(default_factory=dict)
+    ffns: Mapping[str, Any] = field(default_factory=dict)
     norm: Literal["rms_norm", "zero_centered_rms_norm"] = "rms_norm"
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     norm_epsilon: float = 1e-6
@@ -69,8 +70,8 @@ class DataConfig:
         "python_stdlib", "text", "jsonl", "parquet", "hugging_face", "tokens",
         "associative_recall", "copying", "induction", "needle",
     ] = "python_stdlib"  # fmt: skip
-    paths: tuple = ()  # files, folders or globs; for hugging_face: (name, subset)
-    valid_paths: tuple = ()  # empty: split `paths` by `valid_fraction`
+    paths: tuple[str, ...] = ()  # files, folders or globs; for hugging_face: (name, subset)
+    valid_paths: tuple[str, ...] = ()  # empty: split `paths` by `valid_fraction`
     valid_fraction: float = 0.1
     text_field: str = "text"  # of jsonl, parquet and hugging_face rows
     tokenizer: str = "bytes"  # "bytes", "characters" or the path of a tokenizer.json
@@ -181,7 +182,7 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
         """Build and check a Config from nested mappings; ConfigError names the first bad field."""
-        config = _build(cls, values, "config")
+        config = build(cls, values, "config")
         check(config)
         return config
 
@@ -193,31 +194,35 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts with every field, defaults of used mixers included; JSON-ready."""
         values = dataclasses.asdict(self)
-        model = values["model"]
-        model["layers"] = tuple(dataclasses.astuple(l) for l in layer_pattern(self.model))
-        model["mixers"] = {
-            name: dataclasses.asdict(options_of("mixer", name, given))
-            for name, given in self.model.mixers.items()
-        }
-        model["ffns"] = {
-            name: dataclasses.asdict(options_of("feed-forward", name, given))
-            for name, given in self.model.ffns.items()
-        }
+        pattern = layer_pattern(self.model)
+        values["model"]["layers"] = tuple(dataclasses.astuple(l) for l in pattern)
+        for section, used in (("mixers", [l.mixer for l in pattern]),
+                              ("ffns", [l.ffn for l in pattern])):  # fmt: skip
+            given = values["model"][section]
+            values["model"][section] = {
+                name: dataclasses.asdict(options_of(section, name, given.get(name, {})))
+                for name in dict.fromkeys([*given, *used])
+            }
         return values
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """A ConfigDict whose fields keep their types under `--config.a.b=c`."""
-        return ml_collections.ConfigDict(_with_placeholders(type(self), self.to_dict()))
+        values = with_placeholders(type(self), self.to_dict())
+        for section in ("mixers", "ffns"):
+            groups = values["model"][section]
+            for name in groups:
+                groups[name] = with_placeholders(_method(section, name).Options, groups[name])
+        return ml_collections.ConfigDict(values)
 
 
-def options_of(what: str, name: str, *overrides: Mapping[str, Any]):
-    """The options dataclass of a registered mixer or feed-forward, later overrides winning."""
-    options = (registry.mixer if what == "mixer" else registry.feed_forward)(name).Options
-    merged: dict[str, Any] = {}
-    for values in overrides:
-        merged.update(values)
-    section = "mixers" if what == "mixer" else "ffns"
-    return _build(options, merged, f"config.model.{section}.{name}")
+def options_of(section: str, name: str, given: Any):
+    """The options of a method from what `model.mixers` or `model.ffns` (`section`) says of it."""
+    return build(_method(section, name).Options, given, f"config.model.{section}.{name}")
+
+
+def _method(section: str, name: str):
+    """The class of a mixer or feed-forward."""
+    return (registry.mixer if section == "mixers" else registry.feed_forward)(name)
 
 
 def layer_pattern(model: ModelConfig) -> tuple[LayerConfig, ...]:
@@ -225,9 +230,6 @@ def layer_pattern(model: ModelConfig) -> tuple[LayerConfig, ...]:
     pattern = []
     for index, entry in enumerate(model.layers):
         path = f"config.model.layers[{index}]"
-        if isinstance(entry, LayerConfig):
-            pattern.append(entry)
-            continue
         if isinstance(entry, str):
             entry = (entry,)
         if isinstance(entry, (tuple, list)):
@@ -235,20 +237,57 @@ def layer_pattern(model: ModelConfig) -> tuple[LayerConfig, ...]:
             if len(entry) > len(names):
                 raise ConfigError(f"{path} has {len(entry)} parts; allowed: {', '.join(names)}")
             entry = dict(zip(names, entry, strict=False))
-        pattern.append(_build(LayerConfig, entry, path))
+        entry = build(LayerConfig, entry, path)
+        for part, table in (("mixer", registry.MIXERS), ("ffn", registry.FEED_FORWARDS)):
+            _require_known(getattr(entry, part), table, f"{path}.{part}")
+        pattern.append(entry)
     return tuple(pattern)
 
 
 def layer_options(model: ModelConfig) -> tuple[tuple[LayerConfig, Any, Any], ...]:
     """(layer, mixer options, ffn options) for each entry of the pattern."""
+
+    def options(section, name, overrides, path):
+        shared = options_of(section, name, getattr(model, section).get(name, {}))
+        return build(type(shared), overrides, path, shared)
+
     return tuple(
         (
             l,
-            options_of("mixer", l.mixer, model.mixers.get(l.mixer, {}), l.options),
-            options_of("feed-forward", l.ffn, model.ffns.get(l.ffn, {}), l.ffn_options),
+            options("mixers", l.mixer, l.options, f"config.model.layers[{index}].options"),
+            options("ffns", l.ffn, l.ffn_options, f"config.model.layers[{index}].ffn_options"),
         )
-        for l in layer_pattern(model)
+        for index, l in enumerate(layer_pattern(model))
     )
+
+
+# (what is allowed, its test, fields); None is allowed where a field is optional.
+RANGES = (
+    ("at least 1", lambda x: x >= 1, (
+        "model.vocabulary_size", "model.embed_dim", "model.num_layers", "model.max_length",
+        "data.sequence_length", "data.batch_size", "objective.chunk_logits",
+        "optimizer.accumulation_steps", "optimizer.muon_steps", "training.steps",
+        "training.log_every", "training.max_nonfinite_steps", "checkpointing.every",
+        "checkpointing.keep_last", "evaluation.batches", "evaluation.batch_size",
+    )),
+    ("at least 0", lambda x: x >= 0, (
+        "model.norm_epsilon", "model.initializer_scale", "data.prefetch", "objective.z_loss",
+        "optimizer.weight_decay", "optimizer.schedule.warmup_steps", "training.sample_tokens",
+        "checkpointing.keep_best", "evaluation.every",
+    )),
+    ("above 0", lambda x: x > 0, (
+        "model.embedding_scale", "model.logits_soft_cap", "optimizer.learning_rate",
+        "optimizer.epsilon", "optimizer.clip_norm", "optimizer.muon_learning_rate",
+    )),
+    ("in [0, 1)", lambda x: 0 <= x < 1, (
+        "model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay",
+        "optimizer.muon_momentum",
+    )),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, (
+        "optimizer.schedule.decay_fraction", "optimizer.schedule.final_fraction",
+    )),
+    ("between 0 and 1", lambda x: 0 < x < 1, ("data.valid_fraction",)),
+)  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -259,15 +298,10 @@ def check(config: Config) -> None:
         if not condition:
             raise ConfigError(message)
 
-    for path in (
-        "model.vocabulary_size", "model.embed_dim", "model.num_layers", "model.max_length",
-        "data.sequence_length", "data.batch_size", "optimizer.accumulation_steps",
-        "training.steps", "training.log_every", "checkpointing.every", "checkpointing.keep_last",
-        "objective.chunk_logits", "training.max_nonfinite_steps",
-    ):  # fmt: skip
-        section, name = path.split(".")
-        value = getattr(getattr(config, section), name)
-        require(value >= 1, f"config.{path}={value}; it must be at least 1")
+    for allowed, holds, paths in RANGES:
+        for path in paths:
+            value = operator.attrgetter(path)(config)
+            require(value is None or holds(value), f"config.{path}={value}; it must be {allowed}")
     require(len(model.layers) > 0, "config.model.layers is empty; give at least one layer")
     require(
         data.sequence_length <= model.max_length,
@@ -278,11 +312,6 @@ def check(config: Config) -> None:
         data.batch_size % optimizer.accumulation_steps == 0,
         f"config.data.batch_size={data.batch_size} is not divisible by "
         f"config.optimizer.accumulation_steps={optimizer.accumulation_steps}",
-    )
-    require(0 <= model.dropout < 1, f"config.model.dropout={model.dropout}; allowed: [0, 1)")
-    require(
-        0 < data.valid_fraction < 1,
-        f"config.data.valid_fraction={data.valid_fraction}; allowed: between 0 and 1",
     )
     for name in ("data", "fsdp"):
         size = getattr(config.parallel, name)
@@ -300,10 +329,14 @@ def check(config: Config) -> None:
         f"config.evaluation.stride={stride}; allowed: 1 to data.sequence_length="
         f"{data.sequence_length}",
     )
-    for path, value, table in (("objective.name", config.objective.name, registry.OBJECTIVES),):
-        require(
-            value in table, f"config.{path}={value!r} is unknown; {registry.suggest(value, table)}"
-        )
+    _require_known(config.objective.name, registry.OBJECTIVES, "config.objective.name")
+    for section, table in (("mixers", registry.MIXERS), ("ffns", registry.FEED_FORWARDS)):
+        for name, given in getattr(model, section).items():
+            require(
+                name in table,
+                f"unknown field config.model.{section}.{name}; {registry.suggest(name, table)}",
+            )
+            options_of(section, name, given)
     for index, (_, mixer_options, ffn_options) in enumerate(layer_options(model)):
         for options in (mixer_options, ffn_options):
             try:
@@ -312,62 +345,6 @@ def check(config: Config) -> None:
                 raise ConfigError(f"config.model.layers[{index}]: {error}") from None
 
 
-def _build(cls, values, path: str):
-    """Dataclass `cls` from a mapping, each field checked against its annotation."""
-    if isinstance(values, cls):
-        return values
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path} must be a group of fields, given {values!r}")
-    hints = typing.get_type_hints(cls)
-    for name in values:
-        if name not in hints:
-            raise ConfigError(f"unknown field {path}.{name}; {registry.suggest(name, hints)}")
-    return cls(
-        **{name: _coerce(hints[name], value, f"{path}.{name}") for name, value in values.items()}
-    )
-
-
-def _coerce(hint, value, path: str):
-    """`value` as `hint` says, ints accepted for floats; ConfigError otherwise."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _coerce(next(a for a in arguments if a is not type(None)), value, path)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{path}={value!r}; allowed: {', '.join(map(repr, arguments))}")
-        return value
-    if hint is tuple or origin is tuple:
-        if isinstance(value, (tuple, list)):
-            return tuple(value)
-        raise ConfigError(f"{path}={value!r}; it must be a tuple")
-    if origin is Mapping or hint is Mapping:
-        if isinstance(value, Mapping):
-            return dict(value)
-        raise ConfigError(f"{path}={value!r}; it must be a group of fields")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
-        return value
-    raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; it must be a {hint.__name__}")
-
-
-def _with_placeholders(cls, values: dict[str, Any]) -> dict[str, Any]:
-    """Replace None by typed placeholders, so that `--config.a.b=1` can set an optional field."""
-    hints = typing.get_type_hints(cls)
-    result = {}
-    for name, value in values.items():
-        hint = hints.get(name, Any)
-        if dataclasses.is_dataclass(hint):
-            value = _with_placeholders(hint, value)
-        elif name in ("mixers", "ffns") and cls is ModelConfig:
-            what = "mixer" if name == "mixers" else "feed-forward"
-            value = {k: _with_placeholders(type(options_of(what, k)), v) for k, v in value.items()}
-        elif value is None:
-            kind = next(a for a in typing.get_args(hint) if a is not type(None))
-            value = config_dict.placeholder(kind)
-        result[name] = value
-    return result
+def _require_known(name: str, table: Mapping[str, str], path: str) -> None:
+    if name not in table:
+        raise ConfigError(f"{path}={name!r} is unknown; {registry.suggest(name, table)}")

@@ -23,7 +23,7 @@ OBJECTIVES = {
 
 
 def suggest(name: str, known) -> str:
-    """ " (did you mean 'x'?)" for the nearest known name, or the whole list when none is near."""
+    """ "did you mean `x`?" for the nearest known name, or the whole list when none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
 

@@ -38,24 +38,32 @@ class AttentionOptions:
 
     def sizes(self, model: ModelConfig) -> tuple[int, int, int]:
         """(query heads, key-value heads, head dim)."""
-        head_dim = self.head_dim or model.embed_dim // self.num_heads
-        return self.num_heads, self.num_key_value_heads or self.num_heads, head_dim
+        head_dim, shared = self.head_dim, self.num_key_value_heads
+        return (
+            self.num_heads,
+            self.num_heads if shared is None else shared,
+            model.embed_dim // self.num_heads if head_dim is None else head_dim,
+        )
 
     def check(self, model: ModelConfig) -> None:
-        """ConfigError for sizes that do not divide."""
+        """ConfigError for values out of range and sizes that do not divide."""
+        for name in ("num_heads", "num_key_value_heads", "head_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}; it must be at least 1")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ConfigError(f"soft_cap={self.soft_cap}; it must be above 0, or None for no cap")
+        if self.head_dim is None and model.embed_dim % self.num_heads:
+            raise ConfigError(
+                f"embed_dim={model.embed_dim} is not divisible by num_heads={self.num_heads}; "
+                "set head_dim or change one of them"
+            )
         heads, key_value_heads, head_dim = self.sizes(model)
-        if heads < 1 or key_value_heads < 1 or heads % key_value_heads:
+        if heads % key_value_heads:
             raise ConfigError(
                 f"num_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}"
             )
-        if self.head_dim is None and model.embed_dim % heads:
-            raise ConfigError(
-                f"embed_dim={model.embed_dim} is not divisible by num_heads={heads}; "
-                "set head_dim or change one of them"
-            )
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"window={self.window}; it must be at least 1, or None for all")
-        self.rope.rotated_dim(head_dim)
+        self.rope.check(head_dim)
 
 
 class Attention(nnx.Module):

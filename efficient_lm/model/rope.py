@@ -26,6 +26,25 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
 
+    def check(self, head_dim: int) -> None:
+        """ConfigError for values that are out of range or have no effect."""
+        self.rotated_dim(head_dim)
+        for name in ("theta", "factor", "original_max_length"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"rope.{name}={getattr(self, name)}; it must be above 0")
+        if self.scaling == "none" and self.factor != 1:
+            raise ConfigError(
+                f"rope.factor={self.factor} has no effect with rope.scaling='none'; "
+                "set scaling to 'llama3' or 'yarn', or factor to 1"
+            )
+        for low, high in (("low_frequency_factor", "high_frequency_factor"),
+                          ("beta_slow", "beta_fast")):  # fmt: skip
+            if getattr(self, low) >= getattr(self, high):
+                raise ConfigError(
+                    f"rope.{low}={getattr(self, low)} must be below "
+                    f"rope.{high}={getattr(self, high)}"
+                )
+
     def rotated_dim(self, head_dim: int) -> int:
         """Number of features of a head that are rotated; ConfigError when it is odd."""
         size = int(head_dim * self.fraction)
@@ -59,7 +78,9 @@ def frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
         ramp = (np.arange(size // 2) - low) / max(high - low, 1e-3)
         ramp = np.clip(ramp, 0.0, 1.0)  # 0: keep (extrapolate), 1: interpolate
         inverse = inverse / config.factor * ramp + inverse * (1 - ramp)
-        scale = config.attention_factor or 0.1 * math.log(max(config.factor, 1.0)) + 1.0
+        scale = config.attention_factor
+        if scale is None:
+            scale = 0.1 * math.log(max(config.factor, 1.0)) + 1.0
     return inverse.astype(np.float32), scale
 
 

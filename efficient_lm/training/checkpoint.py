@@ -1,0 +1,453 @@
+"""Checkpoints: written in the background, complete or ignored, checked before they are used."""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from efficient_lm.config import CheckpointingConfig
+from efficient_lm.errors import CheckpointError
+from efficient_lm.training import manifest, state_tree
+
+_SAVING, _DELETED = ".saving", ".deleted"  # suffixes of directories that are no checkpoints
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `restore` found: the state on its devices, and the rest as plain data."""
+
+    step: int
+    state: Any
+    iterator: dict
+    config: dict
+    metrics: dict
+    versions: dict
+
+
+class CheckpointReader:
+    """The checkpoints of a run, read only; `open_for_reading` checks that there are any.
+
+    `warn` gets one line for each checkpoint that is passed over.
+    """
+
+    def __init__(self, workdir: str | Path, *, warn: Callable[[str], None] = logging.warning):
+        self.directory = _local(workdir) / "checkpoints"
+        self._warn = warn
+        self._damaged: set[int] = set()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending; their bytes are not checked."""
+        return sorted(step for step, suffix in self._listing() if not suffix)
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+        """The newest good checkpoint (or that of `step`) as a pytree like `abstract_state`.
+
+        Leaves of `abstract_state` are ShapeDtypeStructs or arrays; each array is put where the
+        leaf's sharding says (the first device if it has none), whatever the mesh was that saved
+        it. A damaged checkpoint is named by `warn` and the one before it is taken. Returns None
+        when there is no checkpoint at all. Raises CheckpointError when none is good, when the
+        state does not fit (naming the arrays), or when a newer format wrote it.
+        """
+        wanted = state_tree.by_part(abstract_state)
+        found = self._newest_good(list(wanted), step)
+        if found is None:
+            return None
+        step, content = found
+        self._check_fit(step, content["parts"], wanted, cast=False)
+        arrays = self._load(step, wanted)
+        leaves = [arrays[part][path] for part, path in state_tree.paths(abstract_state)]
+        return Restored(
+            step=step,
+            state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
+            iterator=_own_iterator(content["iterators"], self.directory / str(step)),
+            config=content["config"],
+            metrics=content["metrics"],
+            versions=content["versions"],
+        )
+
+    def restore_part(self, name: str, abstract_part: Any, step: int | None = None) -> Any:
+        """One top-level entry of the state, such as "parameters", without reading the others.
+
+        Like `restore`, but arrays are cast where a leaf asks for another floating dtype. Raises
+        CheckpointError also when there is no checkpoint.
+        """
+        wanted = state_tree.by_part({name: abstract_part})
+        found = self._newest_good([name], step)
+        if found is None:
+            raise CheckpointError(f"no checkpoint in {self.directory}; train the run first")
+        step, content = found
+        if name not in content["parts"]:
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} has no part {name!r}; "
+                f"it has: {', '.join(content['parts'])}"
+            )
+        self._check_fit(step, {name: content["parts"][name]}, wanted, cast=True)
+        arrays = self._load(step, wanted)
+        leaves = [arrays[part][path] for part, path in state_tree.paths({name: abstract_part})]
+        return jax.tree.unflatten(jax.tree.structure(abstract_part), leaves)
+
+    def parts(self, step: int | None = None) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """{part: {array path: shape and dtype}} of the newest readable checkpoint, or of `step`."""
+        found = self._newest_good([], step)
+        if found is None:
+            raise CheckpointError(f"no checkpoint in {self.directory}; train the run first")
+        return {
+            part: {path: jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))
+                   for path, (shape, dtype) in table.items()}
+            for part, table in found[1]["parts"].items()
+        }  # fmt: skip
+
+    def _listing(self) -> list[tuple[int, str]]:
+        """(step, suffix) of every directory that is or may become a checkpoint."""
+        if not self.directory.is_dir():
+            return []
+        pattern = re.compile(rf"(\d+)({re.escape(_SAVING)}|{re.escape(_DELETED)}|)")
+        matches = (pattern.fullmatch(path.name) for path in self.directory.iterdir())
+        return [(int(m[1]), m[2]) for m in matches if m]
+
+    def _newest_good(self, parts: list[str], step: int | None) -> tuple[int, dict] | None:
+        """(step, manifest) of the newest checkpoint whose files are as saved; the same on all
+        processes."""
+        if jax.process_index() == 0:
+            found, reasons = self._search(parts, step)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            mine = (
+                (found[0] if found else -1, bool(reasons)) if jax.process_index() == 0 else (0, 0)
+            )
+            chosen, failed = multihost_utils.broadcast_one_to_all(np.array(mine))
+            if jax.process_index() != 0:
+                chosen = int(chosen)
+                found = (
+                    (chosen, manifest.read(self.directory / str(chosen))) if chosen >= 0 else None
+                )
+                reasons = ["see the message of process 0"] if failed else []
+        if found is None and reasons:
+            raise CheckpointError(f"no good checkpoint in {self.directory}: " + "; ".join(reasons))
+        return found
+
+    def _search(self, parts: list[str], step: int | None):
+        """((step, manifest) or None, why newer checkpoints were passed over)."""
+        reasons = []
+        for candidate, suffix in sorted(self._listing(), reverse=True):
+            if suffix == _DELETED or (step is not None and candidate != step):
+                continue
+            name = f"{candidate}{suffix}"
+            try:
+                if suffix == _SAVING:
+                    raise manifest.Damaged("not complete (its save still runs or was cut off)")
+                content = manifest.read(self.directory / name)
+                manifest.verify(self.directory / name, content, parts)
+            except manifest.Damaged as damage:
+                reasons.append(f"{name}: {damage}")
+                self._damaged.add(candidate)
+                self._warn(f"checkpoint {self.directory / name} is passed over: {damage}")
+            else:
+                return (candidate, content), reasons
+        if step is not None and not reasons:
+            reasons = [f"{step}: not there; there are: {', '.join(map(str, self.steps()))}"]
+        return None, reasons
+
+    def _check_fit(self, step: int, saved: dict, wanted: state_tree.Parts, *, cast: bool) -> None:
+        tables = {part: state_tree.table(leaves) for part, leaves in wanted.items()}
+        lines = manifest.differences(state_tree.flat(saved), state_tree.flat(tables), cast=cast)
+        if lines:
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} does not fit this config:\n  "
+                + "\n  ".join(lines)
+            )
+
+    def _load(self, step: int, wanted: state_tree.Parts) -> state_tree.Parts:
+        """Arrays by part and path, placed as the leaves of `wanted` say."""
+        from orbax.checkpoint import v1 as ocp
+
+        directory = self.directory / str(step) / manifest.ARRAYS
+        targets = jax.tree.map(state_tree.abstract, state_tree.without_empty(wanted))
+        try:
+            loaded = ocp.load_checkpointables(directory, targets)
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {directory.parent} is as it was saved, yet cannot be read: "
+                f"{_first_line(error)}"
+            ) from error
+        return {
+            part: {
+                path: state_tree.like(loaded.get(part, {}).get(path), leaf)
+                for path, leaf in leaves.items()
+            }
+            for part, leaves in wanted.items()
+        }
+
+
+class Checkpointer(CheckpointReader):
+    """Writes and reads the checkpoints of one run; a context manager that waits at its end.
+
+    A step is written to `checkpoints/<step>.saving/` and renamed to `checkpoints/<step>/` when
+    every file and its checksum are on the disk, so a directory with a bare number is complete.
+    The last `keep_last` and the `keep_best` lowest in `best_metric` are kept. Raises
+    CheckpointError when the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        config: CheckpointingConfig,
+        *,
+        warn: Callable[[str], None] = logging.warning,
+    ):
+        super().__init__(workdir, warn=warn)
+        self._config = config
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe = self.directory / f".writable_{jax.process_index()}"
+            probe.touch()
+            probe.unlink()
+            if jax.process_index() == 0:
+                self._finish_renames()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to {self.directory} ({error.strerror}); give another --workdir"
+            ) from None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        iterator: dict,
+        config: dict,
+        metrics: dict | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Save `state` (a mapping, NamedTuple or dataclass of pytrees of arrays) as of `step`.
+
+        Returns when the arrays are copied to the host, so they may be donated or deleted; the
+        rest happens in the background, one save at a time. A save that fails in the background
+        leaves the earlier checkpoints alone, is cleaned up and told to `warn`; with `wait`, and in
+        `wait()` and `close()`, it raises CheckpointError.
+        """
+        self._join()
+        content = {
+            "step": step,
+            "config": config,
+            "iterators": _all_iterators(iterator),
+            "metrics": metrics or {},
+        }
+        parts = state_tree.by_part(state)
+        content["parts"] = {part: state_tree.table(leaves) for part, leaves in parts.items()}
+        needed = sum(leaf.nbytes for leaves in parts.values() for leaf in leaves.values())
+        saving = self.directory / f"{step}{_SAVING}"
+        try:
+            if jax.process_index() == 0:
+                self._remove_leftovers()
+                saving.mkdir()
+            _barrier(f"save {step}")
+            from orbax.checkpoint import v1 as ocp
+
+            response = ocp.save_checkpointables_async(
+                saving / manifest.ARRAYS, state_tree.without_empty(parts)
+            )
+        except Exception as error:
+            response = error
+        self._pending = self._executor.submit(self._commit, saving, response, content, needed, wait)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is on the disk; CheckpointError if it failed."""
+        failure = self._join()
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """`wait`, then take no more saves."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+
+    def _join(self) -> CheckpointError | None:
+        """Wait for the save under way; its failure, told once."""
+        pending, self._pending = self._pending, None
+        return pending.result() if pending else None
+
+    def _commit(self, saving, response, content, needed: int, quiet: bool):
+        """Runs in the background: finish, check and name a save; its failure is returned."""
+        try:
+            if isinstance(response, Exception):
+                raise response
+            response.result()
+            if jax.process_index() == 0:
+                manifest.write(saving, content)
+                self._rename(saving, content["step"])
+                self._damaged.discard(content["step"])
+                self._prune(content["step"])
+        except Exception as error:
+            failure = _save_failure(error, self.directory, content["step"], needed)
+            failure.__cause__ = error
+            shutil.rmtree(saving, ignore_errors=True)
+            if not quiet:
+                self._warn(f"{failure}; the run goes on")
+            return failure
+        return None
+
+    def _rename(self, saving: Path, step: int) -> None:
+        """Give a finished save its name, in place of an earlier one of the same step."""
+        final = self.directory / str(step)
+        if final.exists():
+            os.replace(final, self.directory / f"{step}{_DELETED}")
+        os.replace(saving, final)
+        _sync(self.directory)
+        shutil.rmtree(self.directory / f"{step}{_DELETED}", ignore_errors=True)
+
+    def _finish_renames(self) -> None:
+        """Name the saves that were complete when a former process was stopped."""
+        for step, suffix in self._listing():
+            saving = self.directory / f"{step}{_SAVING}"
+            if (
+                suffix == _SAVING
+                and step not in self.steps()
+                and (saving / manifest.FILE_NAME).exists()
+            ):
+                try:
+                    manifest.read(saving)
+                except manifest.Damaged:
+                    continue
+                self._rename(saving, step)
+
+    def _remove_leftovers(self) -> None:
+        """Delete what stopped processes left half-written or half-deleted."""
+        for step, suffix in self._listing():
+            if suffix:
+                shutil.rmtree(self.directory / f"{step}{suffix}")
+
+    def _prune(self, newest: int) -> None:
+        """Delete all but the last and the best; later steps are of a course that was given up."""
+        values = {}
+        for step in self.steps():
+            if step > newest or step in self._damaged:
+                continue
+            try:
+                metrics = manifest.read(self.directory / str(step))["metrics"]
+            except manifest.Damaged:
+                continue
+            value = metrics.get(self._config.best_metric)
+            values[step] = np.inf if value is None or np.isnan(value) else float(value)
+        known = [step for step, value in values.items() if np.isfinite(value)]
+        best = sorted(known, key=lambda step: (values[step], -step))[: self._config.keep_best]
+        keep = {*sorted(values)[-self._config.keep_last :], *best, newest}
+        for step in self.steps():
+            if step not in keep:
+                deleted = self.directory / f"{step}{_DELETED}"
+                os.replace(self.directory / str(step), deleted)
+                shutil.rmtree(deleted)
+
+
+def open_for_reading(
+    workdir: str | Path, *, warn: Callable[[str], None] = logging.warning
+) -> CheckpointReader:
+    """The checkpoints of a run that exists; CheckpointError when there is none."""
+    path = _local(workdir)
+    if not path.is_dir():
+        raise CheckpointError(f"no work directory {path}; give the --workdir of a training run")
+    reader = CheckpointReader(path, warn=warn)
+    if not reader._listing():
+        raise CheckpointError(f"no checkpoint in {reader.directory}; train the run first")
+    return reader
+
+
+def _local(workdir: str | Path) -> Path:
+    """`workdir` as a path; buckets are refused, since a directory cannot be renamed there."""
+    if "://" in str(workdir):
+        raise CheckpointError(
+            f"workdir {workdir} is a URL; mount the bucket (gcsfuse) and give the mounted path"
+        )
+    return Path(workdir).absolute()
+
+
+def _all_iterators(state: dict) -> list[dict]:
+    """The data iterators' states of all processes."""
+    if jax.process_count() == 1:
+        return [state]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(text.size))
+    padded = np.full(sizes.max(), ord(" "), np.uint8)
+    padded[: text.size] = text
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+def _own_iterator(states: list[dict], directory: Path) -> dict:
+    """This process's entry; any one when all are equal."""
+    if len(states) == jax.process_count():
+        return states[jax.process_index()]
+    if all(state == states[0] for state in states):
+        return states[0]
+    raise CheckpointError(
+        f"checkpoint {directory} holds the data positions of {len(states)} processes, which "
+        f"differ; run with {len(states)} processes instead of {jax.process_count()}"
+    )
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _sync(directory: Path) -> None:
+    """Flush the names in a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _save_failure(error: Exception, directory: Path, step: int, needed: int) -> CheckpointError:
+    """One line for a failed save; a full disk is told with the bytes needed and free."""
+    if "No space left" in _chain(error) or getattr(error, "errno", None) == errno.ENOSPC:
+        free = shutil.disk_usage(directory).free
+        return CheckpointError(
+            f"disk full: checkpoint {step} in {directory} needs about {needed:,} bytes, "
+            f"{free:,} are free; earlier checkpoints are kept"
+        )
+    return CheckpointError(
+        f"checkpoint {step} could not be saved in {directory}: {_first_line(error)}; "
+        "earlier checkpoints are kept"
+    )
+
+
+def _chain(error: BaseException | None) -> str:
+    """The messages of an error and its causes."""
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

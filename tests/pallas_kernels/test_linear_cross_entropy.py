@@ -186,17 +186,14 @@ def test_memory_does_not_grow_with_the_vocabulary(method):
     rows, features, chunk = 2048, 8, 2**20
     beyond_weight = {}
     for vocabulary in (8192, 65536):
-        temporary = (
-            compile_loss(method, rows, features, vocabulary, chunk)
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
-        weight_bytes = 4 * vocabulary * features
-        # The weight gradient: carried while it is summed, beside the copy that is returned.
-        beyond_weight[vocabulary] = temporary - (2 * weight_bytes if method == "xla_rows" else 0)
-    small, large = beyond_weight[8192], beyond_weight[65536]
-    assert large < 1.05 * small + 2 * 4 * 65536 * features, beyond_weight
-    assert large < 4 * 4 * chunk + 3 * 4 * 65536 * features  # a few chunks, not 512 MiB of logits
+        compiled = compile_loss(method, rows, features, vocabulary, chunk)
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        # By rows, the weight gradient is carried while it is summed, beside the output.
+        weight_bytes = 4 * vocabulary * features if method == "xla_rows" else 0
+        beyond_weight[vocabulary] = temporary - weight_bytes
+    small, large = beyond_weight.values()
+    assert large < 1.03 * small, beyond_weight
+    assert large < 1.1 * 4 * chunk, beyond_weight  # one chunk; all logits are 512 MiB
 
 
 def flops(compiled):
@@ -240,10 +237,11 @@ def test_sharded_over_eight_devices(rng, method):
     assert_close(function(*arrays), expected)
     text = function.lower(*arrays).compile().as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)
-    assert not [shape for shape in gathered if "24" in shape.split(",")], gathered
+    assert not [shape for shape in gathered if {"24", "192"} & set(shape.split(","))], gathered
     if method == "xla_rows":
-        bodies = re.findall(r"^%?\S*(?:body|region)\S* .*?^}", text, re.M | re.S)
-        assert bodies and not any("all-reduce" in body for body in bodies)
+        loops, entry = text.split("\nENTRY")
+        assert "while(" in entry
+        assert not re.search(r"all-(reduce|gather)", loops)
 
 
 def test_errors_say_what_is_allowed(rng):

@@ -15,7 +15,7 @@ from efficient_lm.training.schedules import Schedule, make_schedule
 # Moonlight (arXiv:2502.16982): Muon updates with the root mean square of typical AdamW updates.
 RMS_MATCH = 0.2
 # Far below any gradient norm, so that Newton-Schulz stays free of scale, and above underflow.
-NEWTON_SCHULZ_EPSILON = 1e-12
+NEWTON_SCHULZ_EPSILON = 1e-15
 
 
 class ParameterGroup(NamedTuple):

@@ -151,7 +151,8 @@ class CheckpointReader:
                 manifest.verify(self.directory / name, content, parts)
             except manifest.Damaged as damage:
                 reasons.append(f"{name}: {damage}")
-                self._damaged.add(candidate)
+                if not suffix:
+                    self._damaged.add(candidate)
                 self._warn(f"checkpoint {self.directory / name} is passed over: {damage}")
             else:
                 return (candidate, content), reasons
@@ -170,12 +171,10 @@ class CheckpointReader:
 
     def _load(self, step: int, wanted: state_tree.Parts) -> state_tree.Parts:
         """Arrays by part and path, placed as the leaves of `wanted` say."""
-        from orbax.checkpoint import v1 as ocp
-
         directory = self.directory / str(step) / manifest.ARRAYS
         targets = jax.tree.map(state_tree.abstract, state_tree.without_empty(wanted))
         try:
-            loaded = ocp.load_checkpointables(directory, targets)
+            loaded = _orbax().load_checkpointables(directory, targets)
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {directory.parent} is as it was saved, yet cannot be read: "
@@ -261,9 +260,7 @@ class Checkpointer(CheckpointReader):
                 self._remove_leftovers()
                 saving.mkdir()
             _barrier(f"save {step}")
-            from orbax.checkpoint import v1 as ocp
-
-            response = ocp.save_checkpointables_async(
+            response = _orbax().save_checkpointables_async(
                 saving / manifest.ARRAYS, state_tree.without_empty(parts)
             )
         except Exception as error:
@@ -302,9 +299,9 @@ class Checkpointer(CheckpointReader):
                 self._damaged.discard(content["step"])
                 self._prune(content["step"])
         except Exception as error:
+            shutil.rmtree(saving, ignore_errors=True)  # before the free bytes are counted
             failure = _save_failure(error, self.directory, content["step"], needed)
             failure.__cause__ = error
-            shutil.rmtree(saving, ignore_errors=True)
             if not quiet:
                 self._warn(f"{failure}; the run goes on")
             return failure
@@ -375,6 +372,20 @@ def open_for_reading(
     return reader
 
 
+def _orbax():
+    """Orbax's v1 interface, imported when first needed; its failures are told by us, in a line."""
+    from orbax.checkpoint import v1
+
+    logging.getLogger("absl").addFilter(_is_no_failed_save)  # adding it twice has no effect
+    return v1
+
+
+def _is_no_failed_save(record: logging.LogRecord) -> bool:
+    """False for what orbax's threads log beside the exception that we report."""
+    message = record.getMessage()
+    return "_SignalingThread.run() raised" not in message and "Skipping merge of" not in message
+
+
 def _local(workdir: str | Path) -> Path:
     """`workdir` as a path; buckets are refused, since a directory cannot be renamed there."""
     if "://" in str(workdir):
@@ -429,9 +440,10 @@ def _save_failure(error: Exception, directory: Path, step: int, needed: int) -> 
     """One line for a failed save; a full disk is told with the bytes needed and free."""
     if "No space left" in _chain(error) or getattr(error, "errno", None) == errno.ENOSPC:
         free = shutil.disk_usage(directory).free
+        quota = " (a quota or the number of files is used up)" if free > needed else ""
         return CheckpointError(
             f"disk full: checkpoint {step} in {directory} needs about {needed:,} bytes, "
-            f"{free:,} are free; earlier checkpoints are kept"
+            f"{free:,} are free{quota}; earlier checkpoints are kept"
         )
     return CheckpointError(
         f"checkpoint {step} could not be saved in {directory}: {_first_line(error)}; "

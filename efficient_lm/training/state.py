@@ -20,16 +20,17 @@ class TrainState:
 
     optimizer: the state of optax. sums: metrics since the last line of the log. skipped: updates
     left out for non-finite values, and how many of them in a row up to now. key: of all draws.
+    Leaves are arrays, or shapes, or shardings.
     """
 
-    step: jax.Array
-    parameters: dict[str, Any]
+    step: Any
+    parameters: Any
     optimizer: Any
-    average: dict[str, Any] | None
-    sums: dict[str, jax.Array]
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
-    key: jax.Array
+    average: Any
+    sums: Any
+    skipped: Any
+    skipped_in_a_row: Any
+    key: Any
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dict for checkpoints; without `average` when there is none."""

@@ -91,7 +91,7 @@ def make_train_step(
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         compute = gradients if microbatches == 1 else accumulated
         (value, sums), gradient = compute(state.parameters, batch, key)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         # Once the run of non-finite steps is too long, nothing changes any more until the host,
         # which looks at metrics later, stops the run.
         limit = config.training.max_nonfinite_steps

@@ -64,7 +64,7 @@ def build_corpus(documents: Iterable[str], tokenizer: Tokenizer, what: str) -> C
     end = tokenizer.end_of_text
     separator = np.array([] if end is None else [end], dtype)
     pieces, starts, length = [], [], 0
-    for tokens in _encoded(documents, tokenizer):
+    for tokens in encode_documents(documents, tokenizer):
         if len(tokens):
             starts.append(length)
             pieces += [separator, tokens.astype(dtype)]
@@ -75,7 +75,7 @@ def build_corpus(documents: Iterable[str], tokenizer: Tokenizer, what: str) -> C
     return Corpus((stream,), np.array(starts, np.int64), end)
 
 
-def _encoded(documents: Iterable[str], tokenizer: Tokenizer, group_characters: int = 2**22):
+def encode_documents(documents: Iterable[str], tokenizer: Tokenizer, group_characters: int = 2**22):
     """Token arrays of documents, encoded in groups so that tokenizers can use several threads."""
     group: list[str] = []
     size = 0

@@ -1,30 +1,21 @@
 """Batches for training, endless and resumable, and for evaluation, each token once."""
 
+import functools
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from efficient_lm.config import DataConfig
+from efficient_lm.data import shards, sources, streaming, synthetic
 from efficient_lm.data.corpus import Corpus, build_corpus
-from efficient_lm.data.packing import Batch, make_batch
-from efficient_lm.data.sources import read_documents
+from efficient_lm.data.evaluation import EvaluationBatches, TaskBatches
+from efficient_lm.data.groups import FirstFitGroups, GroupedBatches
+from efficient_lm.data.packing import make_batch
+from efficient_lm.data.prefetch import BatchIterator, prefetch_in_thread
 from efficient_lm.data.tokenizers import Tokenizer
 from efficient_lm.errors import DataError
 
-# Threads and batches ahead on the host; the device is kept ahead by `prefetch_to_device`.
-HOST_THREADS = 1
-HOST_PREFETCH = 2
-
-
-@runtime_checkable
-class BatchIterator(Protocol):
-    """Endless batches; `get_state` is JSON-able and `set_state` goes on from it exactly."""
-
-    def __iter__(self) -> "BatchIterator": ...
-    def __next__(self) -> Batch: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
+HOST_PREFETCH = 2  # batches made ahead by a thread; the device is kept ahead on its own
 
 
 def make_train_iterator(
@@ -33,98 +24,38 @@ def make_train_iterator(
     """Endless training batches, reshuffled in every epoch by `config.seed`.
 
     Process p of P gets rows [p * B/P, (p + 1) * B/P) of each global batch of B = batch_size rows:
-    what the processes see together does not depend on P, and a state fits any P.
+    what the processes see together does not depend on P, and a state fits any P. (Streams of
+    `hugging_face` are the exception: there each process packs documents of its own.)
 
     concat_then_split cuts the whole split into windows of `sequence_length`, at another offset in
-    each epoch, and shuffles the windows.
+    each epoch, and shuffles the windows. first_fit shuffles the documents and packs them whole.
 
     Raises:
       DataError: no or unreadable data, a split shorter than a sequence, or a batch that the
         processes cannot share evenly.
+      ConfigError: options of a synthetic task that do not fit.
     """
-    local = _rows_per_process(config.batch_size, process_count, "config.data.batch_size")
+    local = rows_per_process(config.batch_size, process_count, "config.data.batch_size")
+    if config.source in synthetic.TASKS:
+        return _task_batches(config, local, process_index, process_count)
+    if config.source == "hugging_face":
+        return prefetch_in_thread(
+            lambda: GroupedBatches(
+                streaming.StreamGroups(config, tokenizer, process_index, process_count),
+                config,
+                local,
+                slice(None),
+            ),
+            HOST_PREFETCH,
+        )
     corpus = load_corpus(config, "train", tokenizer)
+    if config.packing == "first_fit":
+        own = slice(process_index * local, (process_index + 1) * local)
+        return prefetch_in_thread(
+            lambda: GroupedBatches(FirstFitGroups(corpus, config), config, config.batch_size, own),
+            HOST_PREFETCH,
+        )
     return _window_batches(config, corpus, local, process_index, process_count)
-
-
-def load_corpus(config: DataConfig, split: str, tokenizer: Tokenizer) -> Corpus:
-    """The tokens of a split."""
-    return build_corpus(read_documents(config, split), tokenizer, f"the {split} split")
-
-
-def _window_batches(config: DataConfig, corpus: Corpus, local: int, index: int, count: int):
-    """Shuffled windows of the stream; an element of the dataset is where a window starts."""
-    import grain  # costs 0.3 s to import
-
-    length = config.sequence_length
-    windows, slack = divmod(len(corpus) - 1, length)
-    if windows < 1:
-        raise DataError(
-            f"the train split has {len(corpus)} tokens; config.data.sequence_length={length} needs "
-            f"at least {length + 1}"
-        )
-    if config.shuffle and windows > 1:  # one window less leaves room for any offset
-        windows, slack = windows - 1, slack + length
-
-    def start(row: int, window: int) -> np.int64:
-        if not config.shuffle:
-            return np.int64(window * length)
-        epoch = row // windows
-        offset = np.random.default_rng((config.seed % 2**32, epoch)).integers(slack + 1)
-        return np.int64(offset + window * length)
-
-    dataset = grain.MapDataset.range(windows)
-    if config.shuffle:
-        dataset = dataset.seed(config.seed % 2**32).shuffle()
-    dataset = dataset.repeat().map_with_index(start).batch(local, drop_remainder=True)[index::count]
-    dataset = dataset.map(
-        lambda starts: make_batch(
-            corpus, [[(int(s), length)] for s in starts], length, config.mask_across_documents
-        )
-    )
-    options = grain.ReadOptions(num_threads=HOST_THREADS, prefetch_buffer_size=HOST_PREFETCH)
-    return iter(dataset.to_iter_dataset(options))
-
-
-class EvaluationBatches:
-    """Batches in which every token of a split is scored once; can be iterated again and again.
-
-    Attributes:
-      scored_tokens: sum of the weights over all processes' batches.
-    """
-
-    def __init__(self, corpus: Corpus, config: DataConfig, *, batch_size: int, stride: int,
-                 limit: int | None, process_index: int, process_count: int):  # fmt: skip
-        self._local = _rows_per_process(batch_size, process_count, "the evaluation batch size")
-        self._process_index, self._process_count = process_index, process_count
-        self._corpus, self._config, self._stride = corpus, config, stride
-        length = config.sequence_length
-        if len(corpus) < 2:
-            raise DataError(f"the split has {len(corpus)} token(s); at least 2 are needed to score")
-        # The first window scores all its labels, each further one the last `stride` of its own.
-        windows = 1 + max(0, -(-(len(corpus) - 1 - length) // stride))
-        self._windows = np.arange(windows)
-        batches = -(-windows // batch_size)
-        if limit is not None and limit < batches:  # spread over the split, not its beginning
-            self._windows = np.arange(limit * batch_size) * windows // (limit * batch_size)
-            batches = limit
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return self._batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        length, stride = self._config.sequence_length, self._stride
-        for number in range(self._batches):
-            first = (number * self._process_count + self._process_index) * self._local
-            windows = self._windows[first : first + self._local]
-            rows = [[(int(w) * stride, length)] for w in windows]
-            rows += [[]] * (self._local - len(rows))
-            batch = make_batch(self._corpus, rows, length, self._config.mask_across_documents)
-            for row, window in enumerate(windows):
-                if window > 0:
-                    batch["weights"][row, : length - stride] = 0.0
-            yield batch
 
 
 def make_evaluation_batches(
@@ -137,7 +68,7 @@ def make_evaluation_batches(
     limit: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> EvaluationBatches:
+) -> EvaluationBatches | TaskBatches:
     """Batches in which every token of `split` is scored exactly once (weight 1).
 
     Windows of `sequence_length` tokens advance by `stride`; with a stride below the length they
@@ -147,28 +78,97 @@ def make_evaluation_batches(
     in the bytes, unless the tokenizer has an end-of-text token, which then precedes and ends every
     document; then only the very first end-of-text is not scored.
 
+    A synthetic task has the answers of its `valid_rows` rows instead; `stride` has no effect.
+
     Args:
       batch_size: rows over all processes; None: config.batch_size.
       stride: tokens scored a window, 1 to sequence_length; None: sequence_length.
       limit: at most this many batches, their windows spread evenly over the split.
+
+    Returns an iterable with a length, which can be iterated again and again.
     """
     stride = config.sequence_length if stride is None else stride
     if not 1 <= stride <= config.sequence_length:
         raise DataError(
             f"stride={stride}; allowed: 1 to config.data.sequence_length={config.sequence_length}"
         )
-    return EvaluationBatches(
-        load_corpus(config, split, tokenizer),
-        config,
-        batch_size=config.batch_size if batch_size is None else batch_size,
-        stride=stride,
-        limit=limit,
-        process_index=process_index,
-        process_count=process_count,
-    )
+    batch_size = config.batch_size if batch_size is None else batch_size
+    local = rows_per_process(batch_size, process_count, "the evaluation batch size")
+    process = {"local": local, "process_index": process_index, "process_count": process_count}
+    if config.source in synthetic.TASKS:
+        return TaskBatches(config, split, limit=limit, **process)
+    corpus = load_corpus(config, split, tokenizer)
+    return EvaluationBatches(corpus, config, stride=stride, limit=limit, **process)
 
 
-def _rows_per_process(rows: int, process_count: int, what: str) -> int:
+def load_corpus(config: DataConfig, split: str, tokenizer: Tokenizer) -> Corpus:
+    """All tokens of a split: tokenised into memory, or memory-mapped for `tokens`."""
+    if config.source == "tokens":
+        return shards.load_split(config, split, tokenizer)
+    if config.source == "hugging_face" and split != "valid":
+        raise DataError("a hugging_face stream can be trained on, not loaded or evaluated")
+    return build_corpus(read_documents(config, split), tokenizer, f"the {split} split")
+
+
+def read_documents(config: DataConfig, split: str) -> Iterator[str]:
+    """Texts of a split of any source that has texts; a stream is read once through."""
+    if config.source == "hugging_face":
+        return streaming.read_documents(config, split)
+    return sources.read_documents(config, split)
+
+
+def rows_per_process(rows: int, process_count: int, what: str) -> int:
+    """Rows of a batch that each process holds; DataError where they do not come out even."""
     if rows % process_count:
         raise DataError(f"{what}={rows} is not divisible by the {process_count} processes")
     return rows // process_count
+
+
+def _task_batches(config: DataConfig, local: int, index: int, count: int) -> BatchIterator:
+    """Rows 0, 1, 2, ... of a synthetic task, never repeated."""
+    import grain  # costs 0.3 s to import
+
+    task = synthetic.make_task(config)
+    dataset = grain.MapDataset.range(2**48).batch(local, drop_remainder=True)[index::count]
+    return _iterate(dataset.map(lambda numbers: task.batch(config, "train", numbers)))
+
+
+def _window_batches(config: DataConfig, corpus: Corpus, local: int, index: int, count: int):
+    """Shuffled windows of the stream; an element of the dataset is where a window starts."""
+    import grain
+
+    length = config.sequence_length
+    windows, slack = divmod(len(corpus) - 1, length)
+    if windows < 1:
+        raise DataError(
+            f"the train split has {len(corpus)} tokens; config.data.sequence_length={length} needs "
+            f"at least {length + 1}"
+        )
+    if config.shuffle and windows > 1:  # one window less leaves room for any offset
+        windows, slack = windows - 1, slack + length
+
+    @functools.lru_cache(maxsize=4)  # a batch may touch two epochs
+    def offset(epoch: int) -> int:
+        generator = np.random.default_rng((config.seed % 2**32, epoch))
+        return int(generator.integers(slack + 1)) if config.shuffle else 0
+
+    dataset = grain.MapDataset.range(windows)
+    if config.shuffle:
+        dataset = dataset.seed(config.seed % 2**32).shuffle()
+    dataset = dataset.repeat().map_with_index(
+        lambda row, window: np.int64(offset(row // windows) + window * length)
+    )
+    dataset = dataset.batch(local, drop_remainder=True)[index::count]
+
+    def batch(starts):
+        rows = [[(int(start), length)] for start in starts]
+        return make_batch(corpus, rows, length, config.mask_across_documents)
+
+    return _iterate(dataset.map(batch))
+
+
+def _iterate(dataset) -> BatchIterator:
+    import grain
+
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=HOST_PREFETCH)
+    return iter(dataset.to_iter_dataset(options))

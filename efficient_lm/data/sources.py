@@ -1,14 +1,15 @@
-"""Documents of a split from files: Python's standard library, and text files."""
+"""Documents of a split from files: Python's standard library, text, JSON lines, Parquet."""
 
 import glob
 import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from efficient_lm.config import DataConfig
+from efficient_lm.data import records
 from efficient_lm.errors import DataError
 
 SPLITS = ("train", "valid")
@@ -21,14 +22,14 @@ STDLIB_EXCLUDED = frozenset(
 
 
 def read_documents(config: DataConfig, split: str) -> Iterator[str]:
-    """Documents of `split` ("train" or "valid") of a source of files, in a fixed order.
+    """Documents of `split` ("train" or "valid") of a source of text, in a fixed order.
 
     Files are split by a hash of their relative path, so that a file is in the same split on every
-    machine; a single text file is cut at int(characters * (1 - valid_fraction)) instead.
-    `config.valid_paths` overrides both.
+    machine, and rows of JSON lines and Parquet by a hash of path and number; a single text file is
+    cut at int(characters * (1 - valid_fraction)) instead. `config.valid_paths` overrides all that.
 
     Raises:
-      DataError: a path is missing, unreadable, not UTF-8, or the split has no text.
+      DataError: a path is missing or unreadable, or text is not UTF-8.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; allowed: 'train', 'valid'")
@@ -36,14 +37,21 @@ def read_documents(config: DataConfig, split: str) -> Iterator[str]:
         files = split_by_hash(stdlib_files(), split, config.valid_fraction)
         yield from map(read_text, files.values())
         return
-    if config.source != "text":
-        raise DataError(f"source {config.source!r} has no documents to read")
-    if config.valid_paths:
-        paths = config.paths if split == "train" else config.valid_paths
-        yield from map(read_text, find_files(paths).values())
-        return
-    files = find_files(config.paths)
-    if len(files) == 1:
+    if config.source != "text" and config.source not in records.READERS:
+        raise DataError(
+            f"config.data.source={config.source!r} has no text of files to read; allowed here: "
+            f"python_stdlib, text, {', '.join(records.READERS)}"
+        )
+    suffixes = records.SUFFIXES.get(config.source, ("",))
+    paths = config.valid_paths if config.valid_paths and split == "valid" else config.paths
+    files = find_files(paths, suffixes)
+    if config.source in records.READERS:
+        for name, path in files.items():
+            wanted = _wanted_rows(name, config, split)
+            yield from records.READERS[config.source](path, config.text_field, wanted)
+    elif config.valid_paths:
+        yield from map(read_text, files.values())
+    elif len(files) == 1:
         (path,) = files.values()
         yield cut_text(read_text(path), split, config.valid_fraction, path)
     else:
@@ -142,6 +150,15 @@ def split_by_hash(files: dict[str, Path], split: str, fraction: float) -> dict[s
     count = min(max(count, 1), len(ranked) - 1)
     chosen = set(ranked[:count] if split == "valid" else ranked[count:])
     return {name: path for name, path in files.items() if name in chosen}
+
+
+def _wanted_rows(name: str, config: DataConfig, split: str) -> Callable[[int], bool]:
+    """Whether row `number` of file `name` belongs to `split`."""
+    if config.valid_paths:
+        return lambda number: True
+    return lambda number: (
+        (hash_fraction(f"{name}:{number}") < config.valid_fraction) == (split == "valid")
+    )
 
 
 def cut_text(text: str, split: str, fraction: float, path: Path) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from efficient_lm.config import DataConfig
+from efficient_lm.data import synthetic
+from efficient_lm.data.sources import read_documents
 from efficient_lm.errors import DataError
 
 SETTINGS_FILE = "tokenizer_config.json"
@@ -92,6 +94,31 @@ class CharacterTokenizer(Tokenizer):
         _write_settings(directory, {"kind": "characters", "characters": self.characters})
 
 
+class IntegerTokenizer(Tokenizer):
+    """Ids written as numbers, "3 1 4", for synthetic tasks; no token stands for bytes."""
+
+    def __init__(self, vocabulary_size: int):
+        self.vocabulary_size = vocabulary_size
+        self.byte_lengths = np.zeros(vocabulary_size, np.int32)
+
+    def encode(self, text: str) -> Int32[np.ndarray, "T"]:
+        words = text.split()
+        for word in words:
+            if not word.isdecimal() or int(word) >= self.vocabulary_size:
+                raise DataError(
+                    f"{word!r} is not a token of this task; give numbers from 0 to "
+                    f"{self.vocabulary_size - 1}, separated by spaces"
+                )
+        return np.array([int(word) for word in words], np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+    def save(self, directory: str | Path) -> None:
+        settings = {"kind": "integers", "vocabulary_size": self.vocabulary_size}
+        _write_settings(directory, settings)
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` package.
 
@@ -132,19 +159,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def make_tokenizer(config: DataConfig, texts: Iterable[str] | None = None) -> Tokenizer:
-    """The tokenizer that `config.tokenizer` names.
+    """The tokenizer that `config.tokenizer` names; for a synthetic task, that of its numbers.
 
     Args:
       config: `tokenizer` is "bytes", "characters" or the path of a tokenizer.json or of a directory
         with one.
       texts: where "characters" takes its characters from; None: all documents of `config`.
     """
+    if config.source in synthetic.TASKS:
+        return IntegerTokenizer(synthetic.make_task(config).vocabulary_size)
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer == "characters":
         if texts is None:
-            from efficient_lm.data.sources import read_documents
-
             # Both splits, as in nanoGPT: a rare character may occur in the validation text only.
             texts = (t for split in ("train", "valid") for t in read_documents(config, split))
         characters: set[str] = set()
@@ -166,6 +193,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if settings.get("kind") == "characters":
         return CharacterTokenizer(settings["characters"])
+    if settings.get("kind") == "integers":
+        return IntegerTokenizer(settings["vocabulary_size"])
     raise DataError(
         f"no tokenizer at {path}; give 'bytes', 'characters', a tokenizer.json or a directory "
         f"with {HUGGING_FACE_FILE} or {SETTINGS_FILE}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efficient_lm.config import DataConfig
-from efficient_lm.data import pipeline, tokenizers
+from efficient_lm.data import pipeline, sources, tokenizers
 from efficient_lm.errors import DataError
 
 BYTES = tokenizers.ByteTokenizer()
@@ -55,7 +55,7 @@ def check_documents_apart(batch):
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_train_batches_fulfil_the_contract(folder, mask):
+def test_windows_fulfil_the_contract(folder, mask):
     config = text_config(folder, mask_across_documents=mask)
     for batch in take(pipeline.make_train_iterator(config, BYTES), 20):
         assert batch.keys() == NAMES
@@ -72,8 +72,12 @@ def test_train_batches_fulfil_the_contract(folder, mask):
             assert (batch["labels"][:, :-1] == batch["tokens"][:, 1:]).all()
 
 
-def test_resume_from_any_point_equals_never_stopped(folder):
-    config = text_config(folder)
+PACKINGS = pytest.mark.parametrize("packing", ["concat_then_split", "first_fit"])
+
+
+@PACKINGS
+def test_resume_from_any_point_equals_never_stopped(folder, packing):
+    config = text_config(folder, packing=packing)
     whole = take(pipeline.make_train_iterator(config, BYTES), 60)
     for stop in (0, 1, 7, 41):
         first = pipeline.make_train_iterator(config, BYTES)
@@ -85,8 +89,9 @@ def test_resume_from_any_point_equals_never_stopped(folder):
         assert_equal(take(second, 60 - stop), whole[stop:])
 
 
-def test_processes_together_see_the_same_data(folder):
-    config = text_config(folder)
+@PACKINGS
+def test_processes_together_see_the_same_data(folder, packing):
+    config = text_config(folder, packing=packing)
     whole = take(pipeline.make_train_iterator(config, BYTES), 12)
     for count in (2, 4):
         parts = [
@@ -103,8 +108,9 @@ def test_processes_together_see_the_same_data(folder):
         assert_equal(joined, whole)
 
 
-def test_a_state_fits_another_process_count(folder):
-    config = text_config(folder)
+@PACKINGS
+def test_a_state_fits_another_process_count(folder, packing):
+    config = text_config(folder, packing=packing)
     one = pipeline.make_train_iterator(config, BYTES)
     take(one, 5)
     half = pipeline.make_train_iterator(config, BYTES, process_index=1, process_count=2)
@@ -112,10 +118,15 @@ def test_a_state_fits_another_process_count(folder):
     np.testing.assert_array_equal(next(half)["tokens"], next(one)["tokens"][2:])
 
 
-def test_the_seed_decides_the_order(folder):
-    same = [take(pipeline.make_train_iterator(text_config(folder), BYTES), 3) for _ in range(2)]
+@PACKINGS
+def test_the_seed_decides_the_order(folder, packing):
+    def batches(seed):
+        config = text_config(folder, packing=packing, seed=seed)
+        return take(pipeline.make_train_iterator(config, BYTES), 3)
+
+    same = [batches(0), batches(0)]
     assert_equal(*same)
-    other = take(pipeline.make_train_iterator(text_config(folder, seed=1), BYTES), 3)
+    other = batches(-1)
     assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(same[0], other, strict=True))
 
 
@@ -179,7 +190,7 @@ def test_evaluation_of_documents_leaves_out_their_first_token(folder):
     config = text_config(folder)
     batches = pipeline.make_evaluation_batches(config, BYTES)
     scored = np.concatenate([b["labels"][b["weights"] == 1] for b in batches])
-    documents = list(pipeline.read_documents(config, "valid"))
+    documents = list(sources.read_documents(config, "valid"))
     assert bytes(scored.tolist()).decode() == "".join(d[1:] for d in documents)
     for batch in batches:  # iterates a second time
         check_documents_apart(batch)
@@ -203,3 +214,29 @@ def test_impossible_requests_are_refused(tmp_path, folder):
         pipeline.make_evaluation_batches(text_config(folder), BYTES, stride=17)
     with pytest.raises(DataError, match=r"sequence_length=100000 needs at least 100001"):
         pipeline.make_train_iterator(text_config(folder, sequence_length=100000), BYTES)
+
+
+def test_first_fit_epochs_have_every_document_once_in_new_order(folder):
+    config = text_config(folder, packing="first_fit", batch_size=1, sequence_length=256)
+    documents = list(sources.read_documents(config, "train"))
+    iterator = pipeline.make_train_iterator(config, BYTES)
+    counts, orders = np.zeros(256, np.int64), []
+    expected = np.bincount(np.concatenate([BYTES.encode(d[1:]) for d in documents]), minlength=256)
+    for epoch in range(1, 4):
+        order = []
+        while counts.sum() < epoch * expected.sum():
+            batch = next(iterator)
+            check_documents_apart(batch)
+            counts += np.bincount(batch["labels"][batch["weights"] > 0], minlength=256)
+            order += batch["tokens"][batch["positions"] == 1].tolist()
+        np.testing.assert_array_equal(counts, epoch * expected)
+        orders.append(order)
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_first_fit_refuses_documents_of_one_token(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text("x")
+    with pytest.raises(DataError, match="no document of two tokens"):
+        pipeline.make_train_iterator(text_config(tmp_path, packing="first_fit"), BYTES)

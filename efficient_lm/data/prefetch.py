@@ -1,0 +1,134 @@
+"""Batches made ready ahead of time: in a thread of the host, and on the devices."""
+
+import atexit
+import collections
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from efficient_lm.data.batch import Batch
+
+
+@runtime_checkable
+class BatchIterator(Protocol):
+    """Endless batches; `get_state` is JSON-able and `set_state` goes on from it exactly."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def prefetch_in_thread(make_iterator: Callable[[], BatchIterator], size: int) -> BatchIterator:
+    """The batches of an iterator, made `size` ahead in a thread; same states.
+
+    Args:
+      make_iterator: makes a fresh iterator, from its beginning.
+      size: batches kept ready.
+    """
+    import grain
+
+    class Batches(grain.DatasetIterator):
+        def __init__(self):
+            super().__init__()
+            self._iterator = make_iterator()
+
+        def __next__(self):
+            return next(self._iterator)
+
+        def get_state(self):
+            return self._iterator.get_state()
+
+        def set_state(self, state):
+            self._iterator.set_state(state)
+
+    class Dataset(grain.IterDataset):
+        def __iter__(self):
+            return Batches()
+
+    dataset = grain.experimental.ThreadPrefetchIterDataset(Dataset(), prefetch_buffer_size=size)
+    return _ThreadPrefetch(iter(dataset))
+
+
+class _ThreadPrefetch:
+    """A grain iterator with a thread, ended before the interpreter takes its modules apart."""
+
+    def __init__(self, iterator):
+        self._iterator = iterator
+        atexit.register(_end, weakref.ref(self))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(state)
+
+
+def _end(reference: weakref.ref) -> None:
+    prefetch = reference()
+    if prefetch is not None:
+        prefetch._iterator.close()
+        del prefetch._iterator  # its destructor runs now, not when modules are gone
+
+
+def prefetch_to_device(
+    iterator: BatchIterator,
+    sharding_fn: Callable[[str, np.ndarray], jax.sharding.Sharding],
+    size: int,
+) -> "DevicePrefetch":
+    """The batches of `iterator` as device arrays, `size` of them put on the devices ahead.
+
+    Args:
+      iterator: yields this process's rows of each global batch.
+      sharding_fn: (name, rows of this process) -> sharding of the global array.
+      size: batches kept ready on the device; 0: each is put when asked for.
+    """
+    return DevicePrefetch(iterator, sharding_fn, size)
+
+
+class DevicePrefetch:
+    """Iterator of `prefetch_to_device`.
+
+    Its state is that after the batch last handed out, whatever is prefetched beyond it.
+    """
+
+    def __init__(self, iterator, sharding_fn, size: int):
+        self._iterator, self._sharding_fn, self._size = iterator, sharding_fn, size
+        self._ready: collections.deque = collections.deque()  # (device batch, state after it)
+        self._state = iterator.get_state()
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        while len(self._ready) <= self._size:
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                break
+            arrays = {
+                name: jax.make_array_from_process_local_data(self._sharding_fn(name, value), value)
+                for name, value in batch.items()
+            }
+            self._ready.append((arrays, self._iterator.get_state()))
+        if not self._ready:
+            raise StopIteration
+        arrays, self._state = self._ready.popleft()
+        return arrays
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(state)
+        self._ready.clear()
+        self._state = state

@@ -1,0 +1,265 @@
+"""Checkpoints of Hugging Face: config.json and sharded safetensors, to and from our arrays."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficient_lm.config import ModelConfig
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.interop import layout, llama3, qwen3, shards
+from efficient_lm.interop.family import MODEL_TENSORS, Family, differences
+from efficient_lm.model.definition import ModelDefinition, define
+
+FAMILIES = (llama3.FAMILY, qwen3.FAMILY)
+CONFIG_FILE = "config.json"
+SHARD_BYTES = 5 * 10**9
+# Buffers that older checkpoints stored; they follow from the config.
+DERIVED_TENSORS = re.compile(r".*rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the checkpoint and its place in our arrays.
+
+    path: of our parameter; repeat: index on its leading axis "layers", or None.
+    name, layout: of the stored tensor; axes, sizes: of ours, without "layers".
+    """
+
+    path: tuple[str, ...]
+    repeat: int | None
+    name: str
+    layout: str
+    axes: tuple[str, ...]
+    sizes: dict[str, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored tensor."""
+        return layout.stored_shape(self.layout, self.sizes)
+
+
+def family_of(given: dict[str, Any]) -> Family:
+    """The family of a config.json; ConfigError lists the supported ones."""
+    architecture = (given.get("architectures") or [None])[0]
+    for family in FAMILIES:
+        if architecture == family.architecture:
+            return family
+        if architecture is None and given.get("model_type") == family.model_type:
+            return family
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    raise ConfigError(
+        f"architecture {architecture or given.get('model_type')!r} is not supported; "
+        f"supported: {supported}"
+    )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json; CheckpointError if there is none or it is no JSON object."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; give the folder of a Hugging Face model")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return given
+
+
+def read_model(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """(model, arrays) of a checkpoint; arrays keep their dtypes and are NumPy, bf16 included.
+
+    `model.dtype` is bfloat16 for bf16 checkpoints, float32 for others. All names, shapes and
+    dtypes are checked before data is read; then one tensor is read at a time into its place.
+    Errors: ConfigError for models that we cannot compute, CheckpointError for damaged folders.
+    """
+    directory = Path(directory).expanduser()
+    given = read_config(directory)
+    family = family_of(given)
+    model = family.read(given)
+    tensors = shards.scan(directory)
+    half = tensors.get(MODEL_TENSORS["embedding"][0])
+    is_bfloat16 = half is not None and half.dtype == "BF16"
+    model = dataclasses.replace(model, dtype="bfloat16" if is_bfloat16 else "float32")
+    definition = define(model)
+    slots = {slot.name: slot for slot in slots_of(definition, family)}
+    copy_of_embedding = _copy_of_embedding(model, tensors)
+    tensors = {n: t for n, t in tensors.items() if not DERIVED_TENSORS.fullmatch(n)}
+    _check(directory, slots, {n: t for n, t in tensors.items() if n != copy_of_embedding})
+    arrays = _allocate(definition, slots, tensors)
+    for name, tensor in shards.read(tensors):
+        if name == copy_of_embedding:
+            if not np.array_equal(_bits(tensor), _bits(arrays["embedding"])):
+                raise CheckpointError(
+                    f"{directory}: tie_word_embeddings=true, but {name} differs from "
+                    f"{MODEL_TENSORS['embedding'][0]}; set it to false in {CONFIG_FILE}"
+                )
+            continue
+        slot = slots[name]
+        target = _leaf(arrays, slot.path)
+        target = target if slot.repeat is None else target[slot.repeat]
+        _bits(target)[...] = _bits(layout.from_stored(tensor, slot.layout, slot.axes, slot.sizes))
+    return model, arrays
+
+
+def write_model(
+    directory: str | Path,
+    model: ModelConfig,
+    arrays: dict[str, Any],
+    original: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write config.json and safetensors into an existing folder; the inverse of `read_model`.
+
+    `original`: the config.json that the model came with. It is written again where it still
+    describes `model`; fields that we do not have (token ids) are kept from it in any case.
+    Returns the config.json written. ConfigError if no supported architecture fits the model.
+    """
+    directory = Path(directory)
+    family = family_of(original) if original else _fitting_family(model)
+    definition = define(model)
+    slots = sorted(slots_of(definition, family), key=lambda slot: _natural(slot.name))
+    names = {dtype: name for name, dtype in shards.DTYPES.items()}
+    infos, sources = {}, {}
+    for slot in slots:
+        array = np.asarray(_leaf(arrays, slot.path))
+        infos[slot.name] = shards.TensorInfo(directory, slot.shape, names[array.dtype])
+        sources[slot.name] = (slot, array)
+
+    def stored(name: str) -> np.ndarray:
+        slot, array = sources[name]
+        array = array if slot.repeat is None else array[slot.repeat]
+        return layout.to_stored(_bits(array), slot.layout, slot.axes, slot.sizes)
+
+    config = dict(original or {})
+    if not original or differences(model, family.read(original)):
+        config = {n: v for n, v in config.items() if not n.startswith("rope_")}
+        config |= family.write(model)
+    dtype = str(sources[MODEL_TENSORS["embedding"][0]][1].dtype)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    shards.write(directory, infos, stored, shard_bytes)
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return config
+
+
+def slots_of(definition: ModelDefinition, family: Family) -> Iterator[Slot]:
+    """Every tensor of the checkpoint; ConfigError for a parameter that the family lacks."""
+    places = len(definition.parameters["stack"].get("period", {}))
+    for path, leaf in _leaves(definition.parameters):
+        axes, shape = tuple(leaf.axes), tuple(leaf.shape)
+        if path[0] != "stack":
+            table, ours, prefixes = MODEL_TENSORS, ".".join(path), {None: ""}
+        else:
+            table, ours, place = family.layer_tensors, ".".join(path[3:]), int(path[2])
+            repeats = shape[0] if path[1] == "period" else 1
+            if path[1] == "period":
+                axes, shape = axes[1:], shape[1:]
+                layers = {r: r * places + place for r in range(repeats)}
+            else:
+                layers = {None: _scanned(definition) + place}
+            prefixes = {r: f"model.layers.{number}." for r, number in layers.items()}
+        if ours not in table:
+            raise ConfigError(f"{family.architecture} has no counterpart of {'/'.join(path)}")
+        name, stored = table[ours]
+        for repeat, prefix in prefixes.items():
+            sizes = dict(zip(axes, shape, strict=True))
+            yield Slot(path, repeat, prefix + name, stored, axes, sizes)
+
+
+def _scanned(definition: ModelDefinition) -> int:
+    """Number of layers in the scan."""
+    return definition.config.num_layers - len(definition.parameters["stack"].get("rest", {}))
+
+
+def _fitting_family(model: ModelConfig) -> Family:
+    """The family that can express a model of ours; ConfigError says why none does."""
+    reasons = []
+    for family in FAMILIES:
+        try:
+            family.write(model)
+        except ConfigError as error:
+            reasons.append(str(error))
+        else:
+            return family
+    raise ConfigError(" | ".join(reasons))
+
+
+def _check(directory: Path, slots: dict[str, Slot], tensors: dict[str, shards.TensorInfo]) -> None:
+    """CheckpointError unless names, shapes and dtypes are those that the model needs."""
+    problems = {
+        "missing": sorted(set(slots) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(slots)),
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} instead of {list(slot.shape)}"
+            for name, slot in slots.items()
+            if name in tensors and tensors[name].shape != slot.shape
+        ],
+        f"of a dtype other than {', '.join(shards.DTYPES)}": [
+            f"{n} {t.dtype}" for n, t in tensors.items() if t.dtype not in shards.DTYPES
+        ],
+    }
+    found = [
+        f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if found:
+        raise CheckpointError(f"{directory}: tensors do not fit {CONFIG_FILE}; {'; '.join(found)}")
+
+
+def _copy_of_embedding(model: ModelConfig, tensors: dict[str, shards.TensorInfo]) -> str | None:
+    """The name of the head where a tied checkpoint stores it all the same, as Qwen3-0.6B does."""
+    name = MODEL_TENSORS["head"][0]
+    return name if model.tie_embeddings and name in tensors else None
+
+
+def _allocate(
+    definition: ModelDefinition, slots: dict[str, Slot], tensors: dict[str, shards.TensorInfo]
+) -> dict[str, Any]:
+    """Empty arrays of the dtypes stored; CheckpointError if layers of one parameter differ."""
+    dtypes: dict[tuple[str, ...], set[str]] = {}
+    for name, slot in slots.items():
+        dtypes.setdefault(slot.path, set()).add(tensors[name].dtype)
+    arrays: dict[str, Any] = {}
+    for path, leaf in _leaves(definition.parameters):
+        if len(dtypes[path]) > 1:
+            raise CheckpointError(
+                f"{'/'.join(path)} is stored as {', '.join(sorted(dtypes[path]))} in different "
+                "layers; it must have one dtype"
+            )
+        node = arrays
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = np.empty(leaf.shape, shards.DTYPES[next(iter(dtypes[path]))])
+    return arrays
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers: copies are bitwise, and fast for bf16 too."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def _natural(name: str) -> list:
+    """Sort key with layer 10 after layer 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _leaf(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def _leaves(tree: dict[str, Any], prefix: tuple[str, ...] = ()):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name), value

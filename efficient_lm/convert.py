@@ -1,7 +1,7 @@
 """Door: convert checkpoints of Hugging Face to work directories of ours, and back.
 
-  python -m efficient_lm.convert --from=HF_DIR --workdir=DIR
-  python -m efficient_lm.convert --workdir=DIR --to=HF_DIR
+python -m efficient_lm.convert --from=HF_DIR --workdir=DIR
+python -m efficient_lm.convert --workdir=DIR --to=HF_DIR
 """
 
 import jax

@@ -125,7 +125,7 @@ class Family:
         values |= {theirs: getattr(dense, ours) for ours, theirs in DENSE_FIELDS.items()}
         values |= {"architectures": [self.architecture], "model_type": self.model_type}
         values |= {name: allowed[0] for name, allowed in self.only.items()}
-        values["rope_parameters"] = rope.write(attention.rope)
+        values |= rope.write(attention.rope)
         if self.sliding_window:
             windows = [getattr(options, "window", None) for _, options, _, _ in layers]
             sliding = [i for i, window in enumerate(windows) if window]
@@ -206,7 +206,7 @@ def _comparable(options: Any) -> dict[str, Any]:
     values = dataclasses.asdict(options)
     values.pop("implementation", None)
     if isinstance(options, AttentionOptions):
-        values["rope"] = rope.write(options.rope)
+        values["rope"] = {"fraction": options.rope.fraction, **rope.write(options.rope)}
         if options.scale == options.head_dim**-0.5:
             values["scale"] = None
     return values

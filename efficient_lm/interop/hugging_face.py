@@ -85,27 +85,28 @@ def read_model(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     family = family_of(given)
     model = family.read(given)
     tensors = shards.scan(directory)
-    half = tensors.get(MODEL_TENSORS["embedding"][0])
-    is_bfloat16 = half is not None and half.dtype == "BF16"
-    model = dataclasses.replace(model, dtype="bfloat16" if is_bfloat16 else "float32")
+    embedding = tensors.get(MODEL_TENSORS["embedding"][0])
+    if embedding is not None and embedding.dtype == "BF16":
+        model = dataclasses.replace(model, dtype="bfloat16")
     definition = define(model)
     slots = {slot.name: slot for slot in slots_of(definition, family)}
-    copy_of_embedding = _copy_of_embedding(model, tensors)
     tensors = {n: t for n, t in tensors.items() if not DERIVED_TENSORS.fullmatch(n)}
-    _check(directory, slots, {n: t for n, t in tensors.items() if n != copy_of_embedding})
+    head = MODEL_TENSORS["head"][0]
+    # Some tied checkpoints store the head all the same, as Qwen3-0.6B does.
+    copies = {head: tensors.pop(head)} if model.tie_embeddings and head in tensors else {}
+    _check(directory, slots, tensors)
     arrays = _allocate(definition, slots, tensors)
     for name, tensor in shards.read(tensors):
-        if name == copy_of_embedding:
-            if not np.array_equal(_bits(tensor), _bits(arrays["embedding"])):
-                raise CheckpointError(
-                    f"{directory}: tie_word_embeddings=true, but {name} differs from "
-                    f"{MODEL_TENSORS['embedding'][0]}; set it to false in {CONFIG_FILE}"
-                )
-            continue
         slot = slots[name]
         target = _leaf(arrays, slot.path)
         target = target if slot.repeat is None else target[slot.repeat]
         _bits(target)[...] = _bits(layout.from_stored(tensor, slot.layout, slot.axes, slot.sizes))
+    for name, tensor in shards.read(copies):
+        if not np.array_equal(tensor, arrays["embedding"]):
+            raise CheckpointError(
+                f"{directory}: tie_word_embeddings=true, but {name} differs from "
+                f"{MODEL_TENSORS['embedding'][0]}; set it to false in {CONFIG_FILE}"
+            )
     return model, arrays
 
 
@@ -212,12 +213,6 @@ def _check(directory: Path, slots: dict[str, Slot], tensors: dict[str, shards.Te
     ]
     if found:
         raise CheckpointError(f"{directory}: tensors do not fit {CONFIG_FILE}; {'; '.join(found)}")
-
-
-def _copy_of_embedding(model: ModelConfig, tensors: dict[str, shards.TensorInfo]) -> str | None:
-    """The name of the head where a tied checkpoint stores it all the same, as Qwen3-0.6B does."""
-    name = MODEL_TENSORS["head"][0]
-    return name if model.tie_embeddings and name in tensors else None
 
 
 def _allocate(

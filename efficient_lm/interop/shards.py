@@ -44,7 +44,7 @@ def scan(directory: Path) -> dict[str, TensorInfo]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is no index of safetensors: {error!r}") from None
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:

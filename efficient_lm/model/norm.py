@@ -20,6 +20,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        scale = self.scale[...] + 1.0 if self.zero_centered else self.scale[...]
+        scale = self.scale[...].astype(jnp.float32)
+        scale = scale + 1.0 if self.zero_centered else scale
         scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
         return (x32 * inverse_rms * scale).astype(x.dtype)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from efficient_lm.errors import CheckpointError
 
 FILE_NAME = "metrics.jsonl"
@@ -19,8 +21,8 @@ class MetricsWriter:
 
     A run that resumes at step s passes `resume_step=s`: lines of later steps, and a last line that
     was cut off, are dropped, so that the file holds one curve. None starts the file anew. A full
-    disk is told to `warn` once and does not stop the run. Raises CheckpointError when the
-    directory cannot be written at the start.
+    disk is told to `warn` once and does not stop the run. Process 0 alone writes. Raises
+    CheckpointError when the directory cannot be written at the start.
     """
 
     def __init__(
@@ -37,6 +39,9 @@ class MetricsWriter:
         self._resume_step = -1 if resume_step is None else resume_step
         self._tensorboard_directory = self._path.parent / "tensorboard" if tensorboard else None
         self._tensorboard = None
+        self._file = None
+        if jax.process_index() != 0:
+            return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in _lines(self._path) if line["step"] <= self._resume_step]
@@ -61,6 +66,8 @@ class MetricsWriter:
         The usual keys are loss (nats a token), bits_per_byte, tokens_per_second, mfu (0 to 1),
         step_seconds, learning_rate and gradient_norm; others may be added.
         """
+        if self._file is None:
+            return
         line = {"step": int(step), "split": split, **{k: float(v) for k, v in values.items()}}
         try:
             self._append(_encode(line).encode())
@@ -73,7 +80,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -74,7 +74,7 @@ def _scans(definition: ModelDefinition) -> bool:
     return "period" in definition.parameters["stack"]
 
 
-def _abstract_state(definition: ModelDefinition) -> nnx.State:
+def _abstract_state(definition: ModelDefinition):
     """The nnx.State (integer keys for list items) of the definition."""
     return nnx.from_flat_state(
         {

@@ -80,7 +80,7 @@ class LanguageModel(nnx.Module):
         batch, length = tokens.shape
         index = None
         if state is not None:
-            valid = jnp.ones_like(tokens) if segment_ids is None else (segment_ids > 0) * 1
+            valid = jnp.ones_like(tokens) if segment_ids is None else jnp.minimum(segment_ids, 1)
             index = state["length"][:, None] + jnp.cumsum(valid, axis=1) - 1
             index = jnp.where(valid > 0, index, -1).astype(jnp.int32)
         if positions is None:

@@ -1,0 +1,40 @@
+"""Option sets for the suite that runs over the registry; every registered mixer needs some.
+
+`{mixer: {case: options}}`. The suite's model has `EMBED_DIM` features and its rows have `LENGTH`
+tokens, so choose sizes that fit, and windows, chunks and caches below and above `LENGTH`.
+"""
+
+EMBED_DIM = 16
+LENGTH = 12
+
+CASES = {
+    "attention": {
+        "full": {"num_heads": 2},
+        "window_one": {"num_heads": 2, "window": 1, "sink": True},
+        "window_small": {"num_heads": 2, "window": 3, "rope": {"fraction": 0.5}},
+        "window_large": {"num_heads": 2, "window": LENGTH + 5},
+        "grouped": {
+            "num_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "qk_norm": True,
+            "gate": "sigmoid",
+            "window": 5,
+        },
+        "multi_query": {
+            "num_heads": 4,
+            "num_key_value_heads": 1,
+            "soft_cap": 2.0,
+            "sink": True,
+            "scale": 1.0,
+            "rope": {"scaling": "llama3", "factor": 8.0, "original_max_length": 16},
+        },
+        "bias": {"num_heads": 2, "bias": True, "output_bias": True, "rope": {"fraction": 0.0}},
+        "yarn": {
+            "num_heads": 2,
+            "window": 4,
+            "sink": True,
+            "rope": {"scaling": "yarn", "factor": 4.0, "original_max_length": 16},
+        },
+    },
+}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from efficient_lm.config import Config
@@ -30,6 +30,7 @@ def run_door(main: Callable[[], int | None]) -> NoReturn:
     for name in ("config", "print_config"):  # so that --help shows them
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    logging.set_verbosity(logging.WARNING)  # libraries report each of their own steps as info
     app.run(lambda argv: _guarded(main), flags_parser=_parse)
 
 

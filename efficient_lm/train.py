@@ -1,4 +1,4 @@
-"""Train: `python -m efficient_lm.train --config=configs/quickstart.py --workdir=runs/quickstart`."""
+"""Train: `python -m efficient_lm.train --config=configs/quickstart.py --workdir=runs/x`."""
 
 import json
 from pathlib import Path

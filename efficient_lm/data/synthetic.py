@@ -11,9 +11,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from efficient_lm.config import DataConfig, _build
+from efficient_lm.config import DataConfig
 from efficient_lm.data.batch import Batch, empty_batch
 from efficient_lm.errors import ConfigError
+from efficient_lm.fields import build
 
 STREAMS = {"train": 0, "valid": 1}  # splits draw from random streams of their own
 
@@ -214,7 +215,7 @@ def make_task(config: DataConfig) -> Task:
     Raises:
       ConfigError: an option is unknown, ill-typed or does not fit `config.sequence_length`.
     """
-    task = _build(TASKS[config.source], config.task, "config.data.task")
+    task = build(TASKS[config.source], config.task, "config.data.task")
     problem = task.problem(config.sequence_length)
     if problem is None and task.valid_rows < 1:
         problem = f"valid_rows={task.valid_rows}; it must be at least 1"

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import jax
 
 from efficient_lm.config import Config
-from efficient_lm.data.pipeline import make_evaluation_batches, prefetch_to_device
+from efficient_lm.data.pipeline import make_evaluation_batches
+from efficient_lm.data.prefetch import prefetch_to_device
 from efficient_lm.errors import CheckpointError, NonFiniteError
+from efficient_lm.parallel.rules import batch_sharding
 from efficient_lm.training.metrics import MetricsWriter
 from efficient_lm.training.progress import Progress
 from efficient_lm.training.setup import Run, set_up
@@ -37,7 +40,7 @@ def train(config: Config, workdir: str | Path, *, profile: bool = False) -> dict
     """
     run = set_up(config, Path(workdir))
     try:
-        with MetricsWriter(run.workdir, resume_step=run.start) as writer:
+        with MetricsWriter(run.workdir, resume_step=run.start or None) as writer:
             return _Loop(run, writer, profile).run_all()
     finally:
         run.checkpointer.close()
@@ -51,10 +54,11 @@ class _Loop:
         self.profile = profile
         self.state: TrainState = run.state
         self.batches = prefetch_to_device(
-            run.iterator, lambda batch: place_batch(batch, run.mesh), run.config.data.prefetch
+            run.iterator, lambda name, rows: batch_sharding(run.mesh), run.config.data.prefetch
         )
         self.speed = Speed(run)
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.fetcher = ThreadPoolExecutor(1)
+        self.pending: tuple[int, Future] | None = None
         self.evaluation: tuple[int, dict[str, float]] | None = None
         self.evaluation_batches: dict[int | None, Any] = {}
         self.saved: int | None = run.start if run.start else None
@@ -77,7 +81,7 @@ class _Loop:
 
     def _train(self, step, batch, received: list[int]) -> None:
         config, total = self.config, self.config.training.steps
-        self.speed.start()
+        self.speed.restart()
         for done in range(self.run.start + 1, total + 1):
             if batch is None:
                 batch = next(self.batches)
@@ -85,11 +89,10 @@ class _Loop:
             self.state, metrics = step(self.state, batch)
             batch = None
             if done % config.training.log_every == 0 or done == total:
-                # The interval before this one is fetched while this one's last step computes.
+                # A thread waits for the values, so that the device never waits for the host.
                 self._log()
-                self.pending = (done, metrics)
+                self.pending = (done, self.fetcher.submit(_fetch, metrics))
             if received:
-                self._log()
                 self._save(done, wait=True)
                 name = signal.Signals(received[0]).name
                 self.progress.message(
@@ -137,18 +140,18 @@ class _Loop:
             self.progress.message(f"profile of {PROFILED_STEPS} steps: {self.run.workdir}/profile")
 
     def _log(self) -> None:
-        """Fetch and write the metrics of the pending interval, if any."""
+        """Wait for the metrics of the pending interval, if any, and write them."""
         if self.pending is None:
             return
-        (step, metrics), self.pending = self.pending, None
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        (step, future), self.pending = self.pending, None
+        metrics, completed = future.result()
         row = {
             "loss": _divide(metrics["loss_sum"], metrics["weight_sum"]),
             "bits_per_byte": _divide(metrics["loss_sum"] / math.log(2), metrics["bytes_sum"]),
             "learning_rate": metrics["learning_rate"],
             "gradient_norm": metrics["gradient_norm"],
             "skipped_updates": int(metrics["skipped"]),
-        } | self.speed.measure(step)
+        } | self.speed.measure(step, completed)
         self.writer.write(step, "train", row)
         self.progress.update(step, row)
         if metrics["skipped"] > self.skipped:
@@ -168,7 +171,6 @@ class _Loop:
     def _evaluate(self, step: int, limit: int | None) -> None:
         """Score the validation split (at most `limit` batches) with the averaged weights if any."""
         self._log()
-        self.speed.pause()
         if limit not in self.evaluation_batches:
             config = self.config
             self.evaluation_batches[limit] = make_evaluation_batches(
@@ -185,7 +187,7 @@ class _Loop:
         for batch in self.evaluation_batches[limit]:
             sums = self.run.evaluation_step(parameters, place_batch(batch, self.run.mesh))
             totals = sums if totals is None else jax.tree.map(jax.numpy.add, totals, sums)
-        totals = {name: float(value) for name, value in jax.device_get(totals).items()}
+        totals, _ = _fetch(totals)
         row = {
             "loss": _divide(totals["loss_sum"], totals["weight_sum"]),
             "bits_per_byte": _divide(totals["loss_sum"] / math.log(2), totals["bytes_sum"]),
@@ -198,13 +200,13 @@ class _Loop:
             f"step {step}: validation loss {row['loss']:.4f} nats a token, "
             f"{row['bits_per_byte']:.4f} bits per byte"
         )
-        self.speed.start()
+        self.speed.restart()
 
     def _save(self, step: int, *, wait: bool) -> None:
         """Save once a step; a failed save is reported and only fatal where nothing follows it."""
         if self.saved == step:
             return
-        self.speed.pause()
+        self._log()
         evaluated = self.evaluation is not None and self.evaluation[0] == step
         try:
             self.run.checkpointer.save(
@@ -220,7 +222,7 @@ class _Loop:
             if wait:
                 raise
             self.progress.message(f"warning: {error}")
-        self.speed.start()
+        self.speed.restart()
 
     def _summarize(self) -> dict[str, Any]:
         """Write and return what the run came to."""
@@ -239,6 +241,13 @@ class _Loop:
         summary |= self.speed.summary() | self.summary
         (self.run.workdir / "summary.json").write_text(json.dumps(summary, indent=2))
         return summary
+
+
+def _fetch(values: dict[str, jax.Array]) -> tuple[dict[str, float], float]:
+    """(values as floats, the time at which they were there)."""
+    jax.block_until_ready(values)
+    completed = time.perf_counter()
+    return {name: float(value) for name, value in jax.device_get(values).items()}, completed
 
 
 def _divide(numerator: float, denominator: float) -> float:

@@ -28,36 +28,26 @@ class Speed:
         sheet = data_sheet_flops(device)
         self.sheet_roof = None if sheet is None else sheet * run.mesh.size
         self.first = self.last_step = run.start
-        self.since: float | None = None
-        self.seconds = self.total_seconds = 0.0
+        self.seconds = 0.0
+        self.restart()
 
-    def start(self) -> None:
-        """Go on counting time."""
+    def restart(self) -> None:
+        """Count from now: what came since the last measurement was no training."""
         self.since = time.perf_counter()
 
-    def pause(self) -> None:
-        """Stop counting time."""
-        if self.since is not None:
-            self.seconds += time.perf_counter() - self.since
-        self.since = None
-
-    def measure(self, step: int) -> dict[str, float]:
-        """Rates over the steps since the last measurement; their results must have arrived."""
-        running = self.since is not None
-        self.pause()
-        seconds, self.seconds = self.seconds / max(step - self.last_step, 1), 0.0
-        self.total_seconds += seconds * (step - self.last_step)
-        self.last_step = step
-        if running:
-            self.start()
-        return self._rates(seconds)
+    def measure(self, step: int, completed: float) -> dict[str, float]:
+        """Rates over the steps since the last measurement; `step` was done at time `completed`."""
+        steps, seconds = step - self.last_step, completed - self.since
+        self.last_step, self.since = step, completed
+        self.seconds += seconds
+        return self._rates(seconds / steps)
 
     def summary(self) -> dict[str, Any]:
         """Rates over the whole run, and the roofs that MFU refers to."""
         steps = self.last_step - self.first
-        rates = self._rates(self.total_seconds / steps) if steps and self.total_seconds else {}
+        rates = self._rates(self.seconds / steps) if steps else {}
         return rates | {
-            "run_seconds": self.total_seconds,
+            "run_seconds": self.seconds,
             "flops_per_step": self.flops,
             "measured_roof_flops": self.measured_roof,
             "data_sheet_roof_flops": self.sheet_roof,

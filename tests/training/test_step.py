@@ -52,9 +52,7 @@ def run(config: Config, devices: int, batches) -> tuple[list[dict], dict]:
     initial = make_initializer(config, definition, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(initial, definition, mesh))
     state = jax.jit(initial, out_shardings=shardings)()
-    step = jax.jit(
-        make_train_step(config, definition, optimizer, mesh, LENGTHS), donate_argnums=0
-    )
+    step = jax.jit(make_train_step(config, definition, optimizer, mesh, LENGTHS), donate_argnums=0)
     metrics = []
     for batch in batches:
         state, values = step(state, place_batch(batch, mesh))

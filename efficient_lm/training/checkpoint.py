@@ -1,7 +1,5 @@
 """Checkpoints: written in the background, complete or ignored, checked before they are used."""
 
-import errno
-import json
 import logging
 import os
 import re
@@ -17,7 +15,7 @@ import numpy as np
 
 from efficient_lm.config import CheckpointingConfig
 from efficient_lm.errors import CheckpointError
-from efficient_lm.training import manifest, state_tree
+from efficient_lm.training import manifest, processes, state_tree, storage
 
 _SAVING, _DELETED = ".saving", ".deleted"  # suffixes of directories that are no checkpoints
 
@@ -41,7 +39,7 @@ class CheckpointReader:
     """
 
     def __init__(self, workdir: str | Path, *, warn: Callable[[str], None] = logging.warning):
-        self.directory = _local(workdir) / "checkpoints"
+        self.directory = storage.local_path(workdir) / "checkpoints"
         self._warn = warn
         self._damaged: set[int] = set()
 
@@ -69,7 +67,7 @@ class CheckpointReader:
         return Restored(
             step=step,
             state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
-            iterator=_own_iterator(content["iterators"], self.directory / str(step)),
+            iterator=self._iterator(step, content["iterators"]),
             config=content["config"],
             metrics=content["metrics"],
             versions=content["versions"],
@@ -88,7 +86,7 @@ class CheckpointReader:
         step, content = found
         if name not in content["parts"]:
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} has no part {name!r}; "
+                f"checkpoint {self._path(step)} has no part {name!r}; "
                 f"it has: {', '.join(content['parts'])}"
             )
         self._check_fit(step, {name: content["parts"][name]}, wanted, cast=True)
@@ -107,6 +105,20 @@ class CheckpointReader:
             for part, table in found[1]["parts"].items()
         }  # fmt: skip
 
+    def _path(self, step: int, suffix: str = "") -> Path:
+        return self.directory / f"{step}{suffix}"
+
+    def _iterator(self, step: int, states: list[dict]) -> dict:
+        """This process's data position; any one when all are equal."""
+        if len(states) == jax.process_count():
+            return states[jax.process_index()]
+        if all(state == states[0] for state in states):
+            return states[0]
+        raise CheckpointError(
+            f"checkpoint {self._path(step)} holds the data positions of {len(states)} processes, "
+            f"which differ; run with {len(states)} processes instead of {jax.process_count()}"
+        )
+
     def _listing(self) -> list[tuple[int, str]]:
         """(step, suffix) of every directory that is or may become a checkpoint."""
         if not self.directory.is_dir():
@@ -118,21 +130,12 @@ class CheckpointReader:
     def _newest_good(self, parts: list[str], step: int | None) -> tuple[int, dict] | None:
         """(step, manifest) of the newest checkpoint whose files are as saved; the same on all
         processes."""
-        if jax.process_index() == 0:
-            found, reasons = self._search(parts, step)
+        found, reasons = self._search(parts, step) if jax.process_index() == 0 else (None, [])
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            mine = (
-                (found[0] if found else -1, bool(reasons)) if jax.process_index() == 0 else (0, 0)
-            )
-            chosen, failed = multihost_utils.broadcast_one_to_all(np.array(mine))
+            chosen, failed = processes.broadcast((found[0] if found else -1, len(reasons)))
             if jax.process_index() != 0:
-                chosen = int(chosen)
-                found = (
-                    (chosen, manifest.read(self.directory / str(chosen))) if chosen >= 0 else None
-                )
-                reasons = ["see the message of process 0"] if failed else []
+                found = None if chosen < 0 else (chosen, manifest.read(self._path(chosen)))
+                reasons = ["process 0 tells why"] * failed
         if found is None and reasons:
             raise CheckpointError(f"no good checkpoint in {self.directory}: " + "; ".join(reasons))
         return found
@@ -143,17 +146,17 @@ class CheckpointReader:
         for candidate, suffix in sorted(self._listing(), reverse=True):
             if suffix == _DELETED or (step is not None and candidate != step):
                 continue
-            name = f"{candidate}{suffix}"
+            path = self._path(candidate, suffix)
             try:
                 if suffix == _SAVING:
                     raise manifest.Damaged("not complete (its save still runs or was cut off)")
-                content = manifest.read(self.directory / name)
-                manifest.verify(self.directory / name, content, parts)
+                content = manifest.read(path)
+                manifest.verify(path, content, parts)
             except manifest.Damaged as damage:
-                reasons.append(f"{name}: {damage}")
+                reasons.append(f"{path.name}: {damage}")
                 if not suffix:
                     self._damaged.add(candidate)
-                self._warn(f"checkpoint {self.directory / name} is passed over: {damage}")
+                self._warn(f"checkpoint {path} is passed over: {damage}")
             else:
                 return (candidate, content), reasons
         if step is not None and not reasons:
@@ -165,20 +168,19 @@ class CheckpointReader:
         lines = manifest.differences(state_tree.flat(saved), state_tree.flat(tables), cast=cast)
         if lines:
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} does not fit this config:\n  "
-                + "\n  ".join(lines)
+                f"checkpoint {self._path(step)} does not fit this config:\n  " + "\n  ".join(lines)
             )
 
     def _load(self, step: int, wanted: state_tree.Parts) -> state_tree.Parts:
         """Arrays by part and path, placed as the leaves of `wanted` say."""
-        directory = self.directory / str(step) / manifest.ARRAYS
+        directory = self._path(step) / manifest.ARRAYS
         targets = jax.tree.map(state_tree.abstract, state_tree.without_empty(wanted))
         try:
             loaded = _orbax().load_checkpointables(directory, targets)
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {directory.parent} is as it was saved, yet cannot be read: "
-                f"{_first_line(error)}"
+                f"{storage.first_line(error)}"
             ) from error
         return {
             part: {
@@ -248,18 +250,18 @@ class Checkpointer(CheckpointReader):
         content = {
             "step": step,
             "config": config,
-            "iterators": _all_iterators(iterator),
+            "iterators": processes.gather(iterator),
             "metrics": metrics or {},
         }
         parts = state_tree.by_part(state)
         content["parts"] = {part: state_tree.table(leaves) for part, leaves in parts.items()}
         needed = sum(leaf.nbytes for leaves in parts.values() for leaf in leaves.values())
-        saving = self.directory / f"{step}{_SAVING}"
+        saving = self._path(step, _SAVING)
         try:
             if jax.process_index() == 0:
                 self._remove_leftovers()
                 saving.mkdir()
-            _barrier(f"save {step}")
+            processes.barrier(f"save {step}")
             response = _orbax().save_checkpointables_async(
                 saving / manifest.ARRAYS, state_tree.without_empty(parts)
             )
@@ -300,7 +302,7 @@ class Checkpointer(CheckpointReader):
                 self._prune(content["step"])
         except Exception as error:
             shutil.rmtree(saving, ignore_errors=True)  # before the free bytes are counted
-            failure = _save_failure(error, self.directory, content["step"], needed)
+            failure = storage.save_failure(error, self.directory, content["step"], needed)
             failure.__cause__ = error
             if not quiet:
                 self._warn(f"{failure}; the run goes on")
@@ -309,17 +311,17 @@ class Checkpointer(CheckpointReader):
 
     def _rename(self, saving: Path, step: int) -> None:
         """Give a finished save its name, in place of an earlier one of the same step."""
-        final = self.directory / str(step)
+        final = self._path(step)
         if final.exists():
-            os.replace(final, self.directory / f"{step}{_DELETED}")
+            os.replace(final, self._path(step, _DELETED))
         os.replace(saving, final)
-        _sync(self.directory)
-        shutil.rmtree(self.directory / f"{step}{_DELETED}", ignore_errors=True)
+        storage.sync(self.directory)
+        shutil.rmtree(self._path(step, _DELETED), ignore_errors=True)
 
     def _finish_renames(self) -> None:
         """Name the saves that were complete when a former process was stopped."""
         for step, suffix in self._listing():
-            saving = self.directory / f"{step}{_SAVING}"
+            saving = self._path(step, _SAVING)
             if (
                 suffix == _SAVING
                 and step not in self.steps()
@@ -335,7 +337,7 @@ class Checkpointer(CheckpointReader):
         """Delete what stopped processes left half-written or half-deleted."""
         for step, suffix in self._listing():
             if suffix:
-                shutil.rmtree(self.directory / f"{step}{suffix}")
+                shutil.rmtree(self._path(step, suffix))
 
     def _prune(self, newest: int) -> None:
         """Delete all but the last and the best; later steps are of a course that was given up."""
@@ -344,7 +346,7 @@ class Checkpointer(CheckpointReader):
             if step > newest or step in self._damaged:
                 continue
             try:
-                metrics = manifest.read(self.directory / str(step))["metrics"]
+                metrics = manifest.read(self._path(step))["metrics"]
             except manifest.Damaged:
                 continue
             value = metrics.get(self._config.best_metric)
@@ -354,8 +356,8 @@ class Checkpointer(CheckpointReader):
         keep = {*sorted(values)[-self._config.keep_last :], *best, newest}
         for step in self.steps():
             if step not in keep:
-                deleted = self.directory / f"{step}{_DELETED}"
-                os.replace(self.directory / str(step), deleted)
+                deleted = self._path(step, _DELETED)
+                os.replace(self._path(step), deleted)
                 shutil.rmtree(deleted)
 
 
@@ -363,7 +365,7 @@ def open_for_reading(
     workdir: str | Path, *, warn: Callable[[str], None] = logging.warning
 ) -> CheckpointReader:
     """The checkpoints of a run that exists; CheckpointError when there is none."""
-    path = _local(workdir)
+    path = storage.local_path(workdir)
     if not path.is_dir():
         raise CheckpointError(f"no work directory {path}; give the --workdir of a training run")
     reader = CheckpointReader(path, warn=warn)
@@ -384,82 +386,3 @@ def _is_no_failed_save(record: logging.LogRecord) -> bool:
     """False for what orbax's threads log beside the exception that we report."""
     message = record.getMessage()
     return "_SignalingThread.run() raised" not in message and "Skipping merge of" not in message
-
-
-def _local(workdir: str | Path) -> Path:
-    """`workdir` as a path; buckets are refused, since a directory cannot be renamed there."""
-    if "://" in str(workdir):
-        raise CheckpointError(
-            f"workdir {workdir} is a URL; mount the bucket (gcsfuse) and give the mounted path"
-        )
-    return Path(workdir).absolute()
-
-
-def _all_iterators(state: dict) -> list[dict]:
-    """The data iterators' states of all processes."""
-    if jax.process_count() == 1:
-        return [state]
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(text.size))
-    padded = np.full(sizes.max(), ord(" "), np.uint8)
-    padded[: text.size] = text
-    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
-
-
-def _own_iterator(states: list[dict], directory: Path) -> dict:
-    """This process's entry; any one when all are equal."""
-    if len(states) == jax.process_count():
-        return states[jax.process_index()]
-    if all(state == states[0] for state in states):
-        return states[0]
-    raise CheckpointError(
-        f"checkpoint {directory} holds the data positions of {len(states)} processes, which "
-        f"differ; run with {len(states)} processes instead of {jax.process_count()}"
-    )
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
-def _sync(directory: Path) -> None:
-    """Flush the names in a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _save_failure(error: Exception, directory: Path, step: int, needed: int) -> CheckpointError:
-    """One line for a failed save; a full disk is told with the bytes needed and free."""
-    if "No space left" in _chain(error) or getattr(error, "errno", None) == errno.ENOSPC:
-        free = shutil.disk_usage(directory).free
-        quota = " (a quota or the number of files is used up)" if free > needed else ""
-        return CheckpointError(
-            f"disk full: checkpoint {step} in {directory} needs about {needed:,} bytes, "
-            f"{free:,} are free{quota}; earlier checkpoints are kept"
-        )
-    return CheckpointError(
-        f"checkpoint {step} could not be saved in {directory}: {_first_line(error)}; "
-        "earlier checkpoints are kept"
-    )
-
-
-def _chain(error: BaseException | None) -> str:
-    """The messages of an error and its causes."""
-    texts = []
-    while error is not None:
-        texts.append(str(error))
-        error = error.__cause__ or error.__context__
-    return "\n".join(texts)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -308,7 +308,7 @@ def test_many_differences_are_cut_short(three_checkpoints):
 def small_disk(tmp_path, monkeypatch):
     """A directory of two megabytes; where mounting is not allowed, writes fail by injection."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path]
-    if subprocess.run(mount, capture_output=True).returncode == 0:
+    if shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0:
         yield tmp_path
         subprocess.run(["umount", tmp_path], check=True)
         return

@@ -2,8 +2,9 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention import ref
+from pallas_kernels._core import compat, dispatch
 from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.support import TABLE, Facts
 
 
 def attention(
@@ -23,12 +24,41 @@ def attention(
     scale: of the dot products; None: 1 / sqrt(H).
     soft_cap: logits become soft_cap * tanh(logits / soft_cap).
     sinks: one logit a head that takes part in the softmax and has no value.
-    implementation: "auto", a name, or names in the order of preference.
-    Differentiable in q, k, v and sinks. ValueError for shapes, dtypes or masks that do not fit.
+    implementation: "auto", a name ("cudnn", "splash", "xla", "ref"), or names in order of
+    preference; `explain` tells the choice.
+    Differentiable in q, k, v and sinks. ValueError for shapes, dtypes or masks that do not fit,
+    and for an implementation that cannot run here.
+    """
+    choice = explain(
+        q, k, v, mask=mask, soft_cap=soft_cap, sinks=sinks, implementation=implementation
+    )
+    run = choice.implementation.load()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return run(q, k, v, mask=mask, scale=scale, soft_cap=soft_cap, sinks=sinks)
+
+
+def explain(
+    q,
+    k,
+    v,
+    *,
+    mask: Mask,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks=None,
+    implementation: str | tuple[str, ...] = "auto",
+) -> dispatch.Choice:
+    """Which implementation `attention` takes for these arguments, and why not the others.
+
+    Arrays may be jax.ShapeDtypeStruct. `str()` of the result is one line for people.
     """
     _check(q, k, v, mask, sinks)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return ref.attention(q, k, v, mask=mask, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    B, T, N, H = q.shape
+    facts = Facts(
+        compat.target(), q.dtype.name, B, T, k.shape[1], N, k.shape[2], H,
+        mask, soft_cap is not None, sinks is not None,
+    )  # fmt: skip
+    return dispatch.choose("attention", TABLE, facts, implementation)
 
 
 def _check(q, k, v, mask, sinks) -> None:

@@ -1,5 +1,6 @@
 """Which key a query may attend to, as plain data that every implementation can read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +62,17 @@ class Mask:
         if key_index is None:
             key_index = jnp.arange(key_length, dtype=jnp.int32)[None]
         return replace(self, query_index=query_index, key_index=key_index)
+
+    def slice(self, of_queries: Callable, of_keys: Callable) -> "Mask":
+        """The mask of some queries and keys; the functions cut these from an array of tokens."""
+        cuts = {
+            "query_index": of_queries,
+            "query_segments": of_queries,
+            "key_index": of_keys,
+            "key_segments": of_keys,
+        }
+        arrays = {name: getattr(self, name) for name in cuts}
+        return replace(self, **{n: None if a is None else cuts[n](a) for n, a in arrays.items()})
 
     def check(self, batch: int, query_length: int, key_length: int) -> None:
         """Raise ValueError where an array is missing or does not fit [B, T] and [B, S]."""

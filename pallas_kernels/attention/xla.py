@@ -1,0 +1,86 @@
+"""Attention in plain XLA with memory linear in the sequence, on any device.
+
+Short sequences go in a few panels of queries, each against the keys it may see; long ones in tiles
+with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithms 1 and 4).
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention import schedule, xla_panels, xla_tiles
+from pallas_kernels.attention.mask import Mask
+
+PANEL_BYTES = 2**24  # of fp32 scores, up to which all of them may be alive at once
+SHORT = 16  # queries, up to which their scores are linear in memory anyway
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is static: `chunks` are (queries, keys) a tile; keys None means panels."""
+
+    scale: float
+    soft_cap: float | None
+    chunks: tuple[int, int | None]
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Mask,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    chunks: tuple[int, int | None] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`ref.attention` with fp32 softmax and accumulation; the products take the inputs' dtype.
+
+    chunks: queries and keys a tile; keys None: panels of queries. None: by the sizes.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    if chunks is None:
+        chunks = choose_chunks(mask, B * N, T, k.shape[1])
+    grouped = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, N // K, 1)
+    options = Options(float(scale), soft_cap, chunks)
+    out = _attend(options, q.reshape(B, T, K, N // K, H), k, v, grouped, mask)
+    return out.reshape(B, T, N, H)
+
+
+def choose_chunks(mask: Mask, heads: int, T: int, S: int) -> tuple[int, int | None]:
+    """Panels while all scores fit in PANEL_BYTES or queries are few, else square tiles."""
+    if T > SHORT and 4 * heads * T * S > PANEL_BYTES:
+        chunk = 512 if T >= 4096 else 256
+        return min(chunk, T), min(chunk, S)
+    size = max(32, math.ceil(T / 4))  # smaller panels cost more than the scores that they skip
+    tiles = math.ceil(T / size) * math.ceil(S / size)
+    skips = len(schedule.visits(mask, T, S, size, size)) < tiles
+    return (size if skips else T), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, q, k, v, sinks, mask):
+    """q [B, T, K, G, H], k and v [B, S, K, H], sinks [1, K, G, 1] or None -> [B, T, K, G, H]."""
+    return _forward(options, q, k, v, sinks, mask)[0]
+
+
+def _forward(options, q, k, v, sinks, mask):
+    form = xla_panels if options.chunks[1] is None else xla_tiles
+    out, saved = form.forward(options, q, k, v, sinks, mask)
+    return out, (q, k, v, sinks, mask, saved, out)
+
+
+def _backward(options, residuals, d_out):
+    q, k, v, *_ = residuals
+    form = xla_panels if options.chunks[1] is None else xla_tiles
+    dq, dk, dv, d_sinks = form.backward(options, *residuals, d_out)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
+
+
+_attend.defvjp(_forward, _backward)

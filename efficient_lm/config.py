@@ -32,6 +32,13 @@ def layer(mixer: str = "attention", *, ffn: str = "dense", ffn_options=None, **o
     return (mixer, options, ffn, dict(ffn_options or {}))
 
 
+def choose(options: Mapping[str, Any], argument: str) -> Any:
+    """The entry for the argument of `--config=x.py:argument`; ConfigError lists what is allowed."""
+    if argument not in options:
+        raise ConfigError(f"unknown config argument {argument!r}; allowed: {', '.join(options)}")
+    return options[argument]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder: `num_layers` layers that repeat the pattern `layers` (the remainder is allowed).

@@ -1,6 +1,7 @@
-"""Llama 3 shapes: Llama 3.2 1B and Llama 3.1 8B, trained from scratch on token shards.
+"""Llama 3 shapes (arguments: 1b, 8b), trained from scratch on token shards.
 
-The models of the paper with its learning rates and schedule; data and number of steps are yours.
+Llama 3.2 1B and Llama 3.1 8B, with the paper's peak learning rate (of 8B), warm-up and cosine to
+1%; the data and the number of steps are yours.
 Write the shards with `python -m efficient_lm.data.write_shards --tokenizer=LLAMA3_DIR
 --out=data/llama3 ...`. To use published weights see `python -m efficient_lm.convert --help`.
 

@@ -1,4 +1,4 @@
-"""Qwen3 dense shapes, 0.6B to 8B, trained from scratch on token shards.
+"""Qwen3 dense shapes (arguments: 0.6b, 1.7b, 4b, 8b), trained from scratch on token shards.
 
 The models of the report; it does not give the learning rates, so those here are usual ones for
 the sizes. Write the shards with `python -m efficient_lm.data.write_shards --tokenizer=QWEN3_DIR

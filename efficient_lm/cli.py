@@ -84,6 +84,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if line is None:
             raise
         _fail(line, USAGE_EXIT_CODE)
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = (
+            -1
+        )  # warnings; the default becomes what libraries tell of their work
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; flags start with --", USAGE_EXIT_CODE)
     return rest
@@ -105,13 +109,23 @@ def _guarded(function: Callable):
             USAGE_EXIT_CODE,
         )
     except flags.Error as error:
-        _fail(str(error), USAGE_EXIT_CODE)
+        cause = _user_error(error)
+        _fail(str(cause or error), cause.exit_code if cause else USAGE_EXIT_CODE)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         # The interpreter would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE_EXIT_CODE) from None
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The first UserError of a chain: a config file's own, which the flag library wraps."""
+    first = None
+    while error is not None:
+        first = error if isinstance(error, UserError) else first
+        error = error.__cause__ or error.__context__
+    return first
 
 
 def _fail(message: str, code: int) -> NoReturn:

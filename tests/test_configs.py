@@ -88,10 +88,14 @@ def test_config_survives_json_and_runs_abstractly(name):
         is_leaf=lambda leaf: not isinstance(leaf, dict),
     )
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-    output = jax.eval_shape(lambda a, t: definition.bind(a)(t), arrays, tokens)
-    assert output.logits.shape == (2, 16, config.model.vocabulary_size)
-    assert output.logits.dtype == jnp.float32
-    assert output.hidden.dtype == jnp.dtype(config.model.dtype)
+
+    def run(arrays, tokens):
+        output = definition.bind(arrays)(tokens)
+        return output.logits, output.hidden
+
+    logits, hidden = jax.eval_shape(run, arrays, tokens)
+    assert logits.shape == (2, 16, config.model.vocabulary_size) and logits.dtype == jnp.float32
+    assert hidden.dtype == jnp.dtype(config.model.dtype)
 
 
 def decoder_parameters(vocabulary, width, layers, heads, shared, head_dim, hidden, tied, qk_norm):

@@ -1,0 +1,151 @@
+"""Work directories from Hugging Face folders and back, through the functions and the door."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_lm.config import Config, ModelConfig
+from efficient_lm.data.tokenizers import load_tokenizer
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.interop import conversion, hugging_face
+from efficient_lm.model.definition import define
+from efficient_lm.training.checkpoint import Checkpointer
+
+MODELS = Path(__file__).parents[1] / "fixtures" / "hugging_face"
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Content of every file."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_there_and_back_with_tokenizer_is_exact(tmp_path):
+    workdir, target = tmp_path / "run", tmp_path / "out"
+    lines = conversion.to_workdir(MODELS / "qwen3", workdir)
+    assert lines == [f"wrote {workdir}: 105,920 parameters (bfloat16)"]
+    config = Config.from_dict(json.loads((workdir / "config.json").read_text()))
+    assert config.data.tokenizer == str(workdir / "tokenizer")
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    assert tokenizer.decode(tokenizer.encode("Beautiful is ✓")) == "Beautiful is ✓"
+    assert conversion.from_workdir(workdir, target) == [f"wrote {target}: Qwen3ForCausalLM"]
+    assert files(target) == files(MODELS / "qwen3")
+
+
+def test_parameters_are_read_back_in_their_dtype(tmp_path):
+    conversion.to_workdir(MODELS / "qwen3", tmp_path / "run")
+    _, arrays = hugging_face.read_model(MODELS / "qwen3")
+    read = conversion.read_parameters(
+        tmp_path / "run", conversion.read_run_config(tmp_path / "run")
+    )
+    assert jax.tree.structure(read) == jax.tree.structure(arrays)
+    for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(arrays), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), b)
+
+
+def test_folder_without_a_tokenizer_converts_and_says_so(tmp_path):
+    workdir, target = tmp_path / "run", tmp_path / "out"
+    lines = conversion.to_workdir(MODELS / "llama3", workdir)
+    assert lines[0] == f"{MODELS / 'llama3'} has no tokenizer.json: converted without a tokenizer"
+    assert not (workdir / "tokenizer").exists()
+    lines = conversion.from_workdir(workdir, target)
+    assert lines[0] == f"{workdir} has no tokenizer.json: exported without a tokenizer"
+    assert (target / "model.safetensors").exists()
+
+
+def test_fields_without_meaning_are_told(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(MODELS / "llama3", source)
+    config = json.loads((source / "config.json").read_text()) | {"unsloth_fixed": True}
+    (source / "config.json").write_text(json.dumps(config))
+    lines = conversion.to_workdir(source, tmp_path / "run")
+    assert "fields of config.json that have no meaning here: unsloth_fixed" in lines
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(MODELS / "llama3", source)
+    (source / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lacks 1 of 3 files"):
+        conversion.to_workdir(source, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_only_new_folders_are_written(tmp_path):
+    conversion.to_workdir(MODELS / "llama3", tmp_path / "run")
+    for convert in (
+        lambda: conversion.to_workdir(MODELS / "llama3", tmp_path / "run"),
+        lambda: conversion.from_workdir(tmp_path / "run", tmp_path),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(CheckpointError, match="exists and is not empty; give a new folder"):
+            convert()
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_of_ours_is_exported(tmp_path):
+    model = ModelConfig(vocabulary_size=50, embed_dim=32, num_layers=3, max_length=64)
+    config = Config.from_dict({"model": {**vars(model)}, "data": {"sequence_length": 64}})
+    rng = np.random.default_rng(0)
+    arrays = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+        define(model).parameters,
+        is_leaf=lambda leaf: not isinstance(leaf, dict),
+    )
+    workdir = tmp_path / "run"
+    with Checkpointer(workdir, config.checkpointing) as checkpointer:
+        state = {"parameters": arrays, "optimizer": {"count": np.zeros((), np.int32)}}
+        checkpointer.save(7, state, iterator={}, config=config.to_dict(), wait=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    conversion.from_workdir(workdir, tmp_path / "out")
+    again, read = hugging_face.read_model(tmp_path / "out")
+    assert hugging_face.read_config(tmp_path / "out")["architectures"] == ["LlamaForCausalLM"]
+    assert again.num_layers == 3 and again.dtype == "float32"
+    assert jax.tree.all(jax.tree.map(np.array_equal, read, arrays))
+
+
+def test_missing_work_directories(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no run in .*/nothing: there is no config.json"):
+        conversion.from_workdir(tmp_path / "nothing", tmp_path / "out")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json is no JSON"):
+        conversion.from_workdir(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"modle": {}}')
+    with pytest.raises(ConfigError, match=r"unknown field config.modle"):
+        conversion.from_workdir(tmp_path, tmp_path / "out")
+
+
+def convert(*arguments: str) -> subprocess.CompletedProcess:
+    """Run the door."""
+    return subprocess.run(
+        [sys.executable, "-m", "efficient_lm.convert", *arguments],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_door_prints_lines_alone(tmp_path):
+    done = convert(f"--from={MODELS / 'qwen3'}", f"--workdir={tmp_path / 'run'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"wrote {tmp_path / 'run'}: 105,920 parameters (bfloat16)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--workdir=x",), 2, "give --workdir=DIR and one of --from=HF_DIR and --to=HF_DIR"),
+        (
+            ("--workdir=x", "--from=nowhere"),
+            4,
+            "nowhere/config.json does not exist; give the folder of a Hugging Face model",
+        ),
+    ],
+)
+def test_errors_at_the_door_are_one_line(arguments, code, message):
+    done = convert(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"error: {message}\n")

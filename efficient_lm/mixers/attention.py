@@ -184,7 +184,9 @@ class Attention(nnx.Module):
         """Per token: gate, then the output matrix."""
         if "gate" in projected:
             attended = attended * jax.nn.sigmoid(projected["gate"])
-        y = jnp.einsum("btnh,nhd->btd", attended, cast(self.out, self.dtype))
+        # einsum contracts in alphabetical order: these letters keep the order of the axes, others
+        # would have the matrix transposed (and so copied) in every step on some backends.
+        y = jnp.einsum("bthk,hkd->btd", attended, cast(self.out, self.dtype))
         if self.options.output_bias:
             y = y + cast(self.out_bias, self.dtype)[None, None]
         return context.shard(y, "batch", "length", "embed")

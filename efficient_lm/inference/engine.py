@@ -128,6 +128,11 @@ class Generator:
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] = (),
     ):
+        if tokenizer is None:
+            raise UserError(
+                "this model has no tokenizer, so it cannot generate text; convert it from a folder "
+                "with a tokenizer.json, or load one with data.tokenizers.load_tokenizer"
+            )
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens}; it must be at least 1")
         if len(prompts) == 0:

@@ -1,6 +1,5 @@
 """A model with its arrays, ready to call and to decode with."""
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +13,6 @@ from efficient_lm.errors import UserError
 from efficient_lm.inference.decode import Programs
 from efficient_lm.model.definition import ModelDefinition, define, unstack
 from efficient_lm.model.language_model import LanguageModel, Output
-
-Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"] | Sequence[Sequence[int]]
 
 
 class Model:
@@ -59,9 +56,7 @@ class Model:
         """The Flax NNX module, bound to the arrays."""
         return self.definition.bind(self.arrays)
 
-    def __call__(
-        self, tokens: Tokens, *, segment_ids: Tokens | None = None, positions: Tokens | None = None
-    ) -> Output:
+    def __call__(self, tokens: Any, *, segment_ids: Any = None, positions: Any = None) -> Output:
         """Logits of every token's successor; causal, without dropout.
 
         tokens: [B, T] integers in any form (array, NumPy array, list of lists of one length).

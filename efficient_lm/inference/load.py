@@ -1,0 +1,91 @@
+"""A trained or converted model from its work directory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_lm.config import Config
+from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.inference.model import Model
+from efficient_lm.model.definition import ModelDefinition, define
+from efficient_lm.training.checkpoint import open_for_reading
+
+
+def load(
+    workdir: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    average: bool | None = None,
+) -> tuple[Model, Tokenizer | None, Config]:
+    """(model, tokenizer, config) of a run of ours or of a converted checkpoint.
+
+    Parameters go to the first device, with every layer apart: decoding then reads each weight
+    where it lies, and the model here has another layout than the stacked one of training. While
+    layers are cut apart, both layouts are in memory.
+
+    Args:
+      workdir: directory with config.json, checkpoints/ and, for text, tokenizer/.
+      step: of the checkpoint; None: the newest one that is good.
+      dtype: "float32" or "bfloat16" to compute in; None: `config.model.dtype`. Matrices are kept in
+        this type, which changes no result, since the model casts them to it wherever it uses them;
+        norms and other vectors stay in fp32.
+      average: whether to take the moving average of the weights; None: if the run kept one, as its
+        own validation does.
+
+    Returns:
+      model: `model(tokens).logits`; see `Model`.
+      tokenizer: None for a checkpoint that was converted without one.
+      config: of the run, with `dtype` in place.
+
+    Raises:
+      CheckpointError: nothing (good) is there, or it does not fit config.json.
+      ConfigError: config.json or `dtype` is not valid.
+    """
+    workdir = Path(workdir)
+    reader = open_for_reading(workdir)
+    config = read_config(workdir)
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype={dtype!r}; allowed: 'float32', 'bfloat16'")
+        config = replace(config, model=replace(config.model, dtype=dtype))
+    saved = reader.parts(step)
+    if average is None:
+        average = "average" in saved
+    part = "average" if average else "parameters"
+    definition = define(config.model)
+    arrays = reader.restore_part(part, abstract_arrays(definition), step)
+    tokenizer = None
+    if (workdir / "tokenizer").is_dir():
+        tokenizer = load_tokenizer(workdir / "tokenizer")
+    return Model.from_arrays(config.model, arrays), tokenizer, config
+
+
+def read_config(workdir: Path) -> Config:
+    """The checked config of a work directory; CheckpointError when it has none that is JSON."""
+    path = workdir / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path} ({error}); give the --workdir of a run or of a conversion"
+        ) from None
+    return Config.from_dict(values)
+
+
+def abstract_arrays(definition: ModelDefinition):
+    """Shapes of the parameters with matrices in the model's dtype and vectors in fp32."""
+
+    def shape(leaf: nnx.Variable) -> jax.ShapeDtypeStruct:
+        vector = len([axis for axis in leaf.axes if axis != "layers"]) < 2
+        dtype = jnp.float32 if vector else jnp.dtype(definition.config.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree.map(
+        shape, definition.parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )

@@ -134,7 +134,7 @@ def test_the_pipeline_trains_and_evaluates_on_tasks():
     ("source", "task", "message"),
     [
         ("copying", {"symbol": 3}, "unknown field config.data.task.symbol; did you mean"),
-        ("copying", {"max_symbols": "3"}, "config.data.task.max_symbols='3' is a str"),
+        ("copying", {"max_symbols": "3"}, "config.data.task.max_symbols='3'"),
         ("copying", {"max_symbols": 33}, "max_symbols=33; allowed: .* half of sequence_length=64"),
         ("associative_recall", {"pairs": 17}, "pairs=17; allowed: 1 to a quarter"),
         ("associative_recall", {"vocabulary_size": 8}, "vocabulary_size=8"),

@@ -11,7 +11,7 @@ from efficient_lm.data.corpus import Corpus, build_corpus
 from efficient_lm.data.evaluation import EvaluationBatches, TaskBatches
 from efficient_lm.data.groups import FirstFitGroups, GroupedBatches
 from efficient_lm.data.packing import make_batch
-from efficient_lm.data.prefetch import BatchIterator, prefetch_in_thread
+from efficient_lm.data.prefetch import BatchIterator, HostIterator, in_thread
 from efficient_lm.data.tokenizers import Tokenizer
 from efficient_lm.errors import DataError
 
@@ -37,25 +37,20 @@ def make_train_iterator(
     """
     local = rows_per_process(config.batch_size, process_count, "config.data.batch_size")
     if config.source in synthetic.TASKS:
-        return _task_batches(config, local, process_index, process_count)
+        dataset = _task_batches(config, local, process_index, process_count)
+        return HostIterator(dataset, config.source)
+    kind = f"{config.source}, {config.packing}"
     if config.source == "hugging_face":
-        return prefetch_in_thread(
-            lambda: GroupedBatches(
-                streaming.StreamGroups(config, tokenizer, process_index, process_count),
-                config,
-                local,
-                slice(None),
-            ),
-            HOST_PREFETCH,
+        groups = functools.partial(
+            streaming.StreamGroups, config, tokenizer, process_index, process_count
         )
+        return HostIterator(_grouped_batches(groups, config, local, slice(None)), kind)
     corpus = load_corpus(config, "train", tokenizer)
     if config.packing == "first_fit":
         own = slice(process_index * local, (process_index + 1) * local)
-        return prefetch_in_thread(
-            lambda: GroupedBatches(FirstFitGroups(corpus, config), config, config.batch_size, own),
-            HOST_PREFETCH,
-        )
-    return _window_batches(config, corpus, local, process_index, process_count)
+        groups = functools.partial(FirstFitGroups, corpus, config)
+        return HostIterator(_grouped_batches(groups, config, config.batch_size, own), kind)
+    return HostIterator(_window_batches(config, corpus, local, process_index, process_count), kind)
 
 
 def make_evaluation_batches(
@@ -124,13 +119,18 @@ def rows_per_process(rows: int, process_count: int, what: str) -> int:
     return rows // process_count
 
 
-def _task_batches(config: DataConfig, local: int, index: int, count: int) -> BatchIterator:
+def _grouped_batches(make_groups, config: DataConfig, batch_size: int, own: slice):
+    """Rows that are packed group by group, in a thread."""
+    return in_thread(lambda: GroupedBatches(make_groups(), config, batch_size, own), HOST_PREFETCH)
+
+
+def _task_batches(config: DataConfig, local: int, index: int, count: int):
     """Rows 0, 1, 2, ... of a synthetic task, never repeated."""
     import grain  # costs 0.3 s to import
 
     task = synthetic.make_task(config)
     dataset = grain.MapDataset.range(2**48).batch(local, drop_remainder=True)[index::count]
-    return _iterate(dataset.map(lambda numbers: task.batch(config, "train", numbers)))
+    return _read_ahead(dataset.map(lambda numbers: task.batch(config, "train", numbers)))
 
 
 def _window_batches(config: DataConfig, corpus: Corpus, local: int, index: int, count: int):
@@ -164,11 +164,12 @@ def _window_batches(config: DataConfig, corpus: Corpus, local: int, index: int, 
         rows = [[(int(start), length)] for start in starts]
         return make_batch(corpus, rows, length, config.mask_across_documents)
 
-    return _iterate(dataset.map(batch))
+    return _read_ahead(dataset.map(batch))
 
 
-def _iterate(dataset) -> BatchIterator:
+def _read_ahead(dataset):
     import grain
 
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=HOST_PREFETCH)
-    return iter(dataset.to_iter_dataset(options))
+    return dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=HOST_PREFETCH)
+    )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from efficient_lm.data.batch import Batch
+from efficient_lm.errors import DataError
 
 
 @runtime_checkable
@@ -22,8 +23,38 @@ class BatchIterator(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-def prefetch_in_thread(make_iterator: Callable[[], BatchIterator], size: int) -> BatchIterator:
-    """The batches of an iterator, made `size` ahead in a thread; same states.
+class HostIterator:
+    """A grain iterator of batches whose state says what it is a position in.
+
+    Args:
+      dataset: a grain IterDataset of batches.
+      kind: of data and packing; a state of another kind is refused.
+    """
+
+    def __init__(self, dataset, kind: str):
+        self._iterator, self._kind = iter(dataset), kind
+        atexit.register(_end, weakref.ref(self))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"kind": self._kind, "position": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state.get("kind") != self._kind:
+            raise DataError(
+                f"the saved position is one in {state.get('kind')!r}, the data is now "
+                f"{self._kind!r}; restore config.data, or start in a new work directory"
+            )
+        self._iterator.set_state(state["position"])
+
+
+def in_thread(make_iterator: Callable[[], BatchIterator], size: int):
+    """A grain IterDataset of the batches of an iterator, made `size` ahead in a thread.
 
     Args:
       make_iterator: makes a fresh iterator, from its beginning.
@@ -49,35 +80,15 @@ def prefetch_in_thread(make_iterator: Callable[[], BatchIterator], size: int) ->
         def __iter__(self):
             return Batches()
 
-    dataset = grain.experimental.ThreadPrefetchIterDataset(Dataset(), prefetch_buffer_size=size)
-    return _ThreadPrefetch(iter(dataset))
-
-
-class _ThreadPrefetch:
-    """A grain iterator with a thread, ended before the interpreter takes its modules apart."""
-
-    def __init__(self, iterator):
-        self._iterator = iterator
-        atexit.register(_end, weakref.ref(self))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        return next(self._iterator)
-
-    def get_state(self) -> dict[str, Any]:
-        return self._iterator.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._iterator.set_state(state)
+    return grain.experimental.ThreadPrefetchIterDataset(Dataset(), prefetch_buffer_size=size)
 
 
 def _end(reference: weakref.ref) -> None:
-    prefetch = reference()
-    if prefetch is not None:
-        prefetch._iterator.close()
-        del prefetch._iterator  # its destructor runs now, not when modules are gone
+    """Destroy a grain iterator at exit, while the modules that its destructor needs are there."""
+    host = reference()
+    if host is not None:
+        host._iterator.close()
+        del host._iterator
 
 
 def prefetch_to_device(

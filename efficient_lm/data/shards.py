@@ -55,39 +55,52 @@ def write_token_shard(
     """Write documents (token ids, without end-of-text) to a shard; returns the tokens written.
 
     The file appears under its name only when it is complete.
+
+    Raises:
+      DataError: an id is outside the vocabulary, or the file cannot be written (full disk, ...).
     """
     path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            count = _write(file, documents, vocabulary_size, end_of_text, path)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _write(file, documents, vocabulary_size: int, end_of_text: int | None, path: Path) -> int:
+    """Write header, tokens and document offsets; returns the number of tokens."""
     dtype = np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
     starts, count = [], 0
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
-        file.write(bytes(HEADER_BYTES))
-        for document in documents:
-            ids = np.asarray(document)
-            if not len(ids):
-                continue
-            if ids.min() < 0 or ids.max() >= vocabulary_size:
+    file.write(bytes(HEADER_BYTES))
+    for document in documents:
+        ids = np.asarray(document)
+        if not len(ids):
+            continue
+        for bad in (ids.min(), ids.max()):
+            if not 0 <= bad < vocabulary_size:
                 raise DataError(
-                    f"{path}: token id {ids.min() if ids.min() < 0 else ids.max()} is outside the "
-                    f"vocabulary of {vocabulary_size}"
+                    f"{path}: token id {bad} is outside the vocabulary of {vocabulary_size}"
                 )
-            if end_of_text is not None:
-                ids = np.append(ids.dtype.type(end_of_text), ids)
-            starts.append(count)
-            count += len(ids)
-            file.write(ids.astype(dtype).tobytes())
-        file.write(bytes(-count * dtype.itemsize % 8))
-        file.write(np.array(starts, "<i8").tobytes())
-        end = -1 if end_of_text is None else end_of_text
-        fields = _FIELDS.pack(
-            MAGIC, VERSION, dtype.itemsize, vocabulary_size, count, len(starts), end
-        )
-        file.seek(0)
-        file.write(fields + _CHECKSUM.pack(zlib.crc32(fields)))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+        ids = ids.astype(dtype)
+        if end_of_text is not None:
+            ids = np.insert(ids, 0, end_of_text)
+        starts.append(count)
+        count += len(ids)
+        file.write(ids.tobytes())
+    file.write(bytes(-count * dtype.itemsize % 8))
+    file.write(np.array(starts, "<i8").tobytes())
+    end = -1 if end_of_text is None else end_of_text
+    fields = _FIELDS.pack(MAGIC, VERSION, dtype.itemsize, vocabulary_size, count, len(starts), end)
+    file.seek(0)
+    file.write(fields + _CHECKSUM.pack(zlib.crc32(fields)))
     return count
 
 

@@ -37,7 +37,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of token ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        """Text of token ids; special tokens are left out.
+
+        Broken UTF-8 and, where ids are bytes or characters, unknown ids become U+FFFD.
+        """
 
     @abc.abstractmethod
     def save(self, directory: str | Path) -> None:
@@ -58,7 +61,9 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return bytes(np.asarray(ids, np.uint8)).decode("utf-8", errors="replace")
+        ids = np.asarray(ids, np.int64)
+        data = np.where((ids >= 0) & (ids < 256), ids, 0xFF).astype(np.uint8)  # 0xFF: never UTF-8
+        return data.tobytes().decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
         _write_settings(directory, {"kind": "bytes"})
@@ -88,7 +93,8 @@ class CharacterTokenizer(Tokenizer):
         return ids.astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return "".join(self.characters[int(i)] for i in ids)
+        known = range(self.vocabulary_size)
+        return "".join(self.characters[int(i)] if int(i) in known else "\ufffd" for i in ids)
 
     def save(self, directory: str | Path) -> None:
         _write_settings(directory, {"kind": "characters", "characters": self.characters})
@@ -191,9 +197,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     settings = _read_settings(path / SETTINGS_FILE)
     if settings.get("kind") == "bytes":
         return ByteTokenizer()
-    if settings.get("kind") == "characters":
+    if settings.get("kind") == "characters" and "characters" in settings:
         return CharacterTokenizer(settings["characters"])
-    if settings.get("kind") == "integers":
+    if settings.get("kind") == "integers" and "vocabulary_size" in settings:
         return IntegerTokenizer(settings["vocabulary_size"])
     raise DataError(
         f"no tokenizer at {path}; give 'bytes', 'characters', a tokenizer.json or a directory "
@@ -212,9 +218,12 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocabulary_size: int) -> None:
 
 
 def _write_settings(directory: str | Path, settings: dict) -> None:
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+    path = Path(directory) / SETTINGS_FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _read_settings(path: Path) -> dict:

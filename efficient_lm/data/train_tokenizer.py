@@ -1,5 +1,6 @@
 """Door: train a byte-level BPE: python -m efficient_lm.data.train_tokenizer --paths=F --out=DIR"""
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,10 +44,10 @@ def train_tokenizer(
             f"the text yields {bpe.get_vocab_size()} tokens, not vocabulary_size={vocabulary_size};"
             " give more text or a smaller vocabulary"
         )
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(directory / HUGGING_FACE_FILE))
-    tokenizer = HuggingFaceTokenizer(directory / HUGGING_FACE_FILE)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / HUGGING_FACE_FILE
+        bpe.save(str(path))
+        tokenizer = HuggingFaceTokenizer(path)
     tokenizer.save(directory)
     return tokenizer
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -116,6 +118,20 @@ def test_a_state_fits_another_process_count(folder, packing):
     half = pipeline.make_train_iterator(config, BYTES, process_index=1, process_count=2)
     half.set_state(one.get_state())
     np.testing.assert_array_equal(next(half)["tokens"], next(one)["tokens"][2:])
+
+
+def test_a_position_in_other_data_is_refused(folder):
+    state = pipeline.make_train_iterator(text_config(folder), BYTES).get_state()
+    other = pipeline.make_train_iterator(text_config(folder, packing="first_fit"), BYTES)
+    with pytest.raises(DataError, match="one in 'text, concat_then_split', the data is now"):
+        other.set_state(state)
+
+
+def test_importing_the_pipeline_imports_nothing_heavy():
+    heavy = "{'grain', 'datasets', 'pyarrow', 'tokenizers', 'orbax'}"
+    program = f"import sys, efficient_lm.data.pipeline; print({heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 @PACKINGS

@@ -1,5 +1,8 @@
 """Token shards: round trip, splits, damage by name, and the door that writes them."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -58,7 +61,17 @@ def test_damage_is_reported_by_name(tmp_path):
 def test_ids_outside_the_vocabulary_are_refused_and_leave_no_shard(tmp_path):
     with pytest.raises(DataError, match="token id 256 is outside the vocabulary of 256"):
         write(tmp_path / "a.bin", [[1, 256]])
-    assert not (tmp_path / "a.bin").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_shard(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"cannot write .*a\.bin: No space left on device"):
+        write(tmp_path / "a.bin")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_shard_of_another_tokenizer_is_refused(tmp_path):

@@ -84,6 +84,20 @@ def test_train_and_valid_share_no_text_and_cover_the_stream():
     assert scored == sum(len(t) - 1 for t in valid)
 
 
+def test_epochs_come_in_new_order():
+    config = config_of(batch_size=1, valid_paths=("other",))
+    iterator = pipeline.make_train_iterator(config, BYTES)
+    epochs = []
+    for _ in range(2):
+        rows, seen = [], 0
+        while seen < sum(len(t) - 1 for t in TEXTS):
+            batch = next(iterator)
+            seen += int(batch["weights"].sum())
+            rows.append(batch["tokens"].tobytes())
+        epochs.append(rows)
+    assert epochs[0] != epochs[1]
+
+
 def test_valid_paths_are_the_validation_split():
     config = config_of(valid_paths=("other",))
     assert list(pipeline.read_documents(config, "valid")) == [t + "!" for t in TEXTS]

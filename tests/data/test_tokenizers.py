@@ -84,6 +84,24 @@ def test_bytes_are_their_own_ids():
     assert tokenizer.decode([0xC3]) == "\ufffd"
 
 
+def test_ids_of_a_padded_vocabulary_decode_to_a_mark():
+    for tokenizer in (tokenizers.ByteTokenizer(), tokenizers.CharacterTokenizer("abc")):
+        good = tokenizer.encode("b").tolist()
+        assert tokenizer.decode([*good, 300, *good]) == "b\ufffdb"
+
+
+def test_tasks_have_numbers_for_a_language(tmp_path):
+    config = DataConfig(source="induction")
+    tokenizer = tokenizers.make_tokenizer(config)
+    tokenizer.save(tmp_path)
+    for each in (tokenizer, tokenizers.load_tokenizer(tmp_path)):
+        assert each.encode("3 0 15").tolist() == [3, 0, 15] and each.decode([3, 0]) == "3 0"
+        assert not each.byte_lengths.any() and each.vocabulary_size == 16
+        for bad in ("16", "x", "-1"):
+            with pytest.raises(DataError, match=rf"'{bad}' is not a token.*from 0 to 15"):
+                each.encode(bad)
+
+
 def test_character_ids_follow_the_sorted_text_and_unknown_characters_are_named():
     tokenizer = tokenizers.make_tokenizer(DataConfig(tokenizer="characters"), ["hello", " world"])
     assert tokenizer.characters == "".join(sorted(set("hello world")))
@@ -105,6 +123,17 @@ def test_errors_name_the_path(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=r"cannot read tokenizer .*tokenizer\.json"):
         tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    for settings, message in (
+        ('{"kind": "characters"}', "no tokenizer at"),
+        ("[", r"cannot read .*tokenizer_config\.json"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+        with pytest.raises(DataError, match=message):
+            tokenizers.load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"cannot write .*file/tokenizer_config\.json"):
+        (tmp_path / "file").write_text("")
+        tokenizers.ByteTokenizer().save(tmp_path / "file")
 
 
 def test_vocabulary_must_fit_the_model():

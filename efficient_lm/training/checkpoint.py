@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -301,7 +300,7 @@ class Checkpointer(CheckpointReader):
                 self._damaged.discard(content["step"])
                 self._prune(content["step"])
         except Exception as error:
-            shutil.rmtree(saving, ignore_errors=True)  # before the free bytes are counted
+            storage.remove(saving)  # before the free bytes are counted
             failure = storage.save_failure(error, self.directory, content["step"], needed)
             failure.__cause__ = error
             if not quiet:
@@ -316,7 +315,7 @@ class Checkpointer(CheckpointReader):
             os.replace(final, self._path(step, _DELETED))
         os.replace(saving, final)
         storage.sync(self.directory)
-        shutil.rmtree(self._path(step, _DELETED), ignore_errors=True)
+        storage.remove(self._path(step, _DELETED))
 
     def _finish_renames(self) -> None:
         """Name the saves that were complete when a former process was stopped."""
@@ -337,7 +336,7 @@ class Checkpointer(CheckpointReader):
         """Delete what stopped processes left half-written or half-deleted."""
         for step, suffix in self._listing():
             if suffix:
-                shutil.rmtree(self._path(step, suffix))
+                storage.remove(self._path(step, suffix))
 
     def _prune(self, newest: int) -> None:
         """Delete all but the last and the best; later steps are of a course that was given up."""
@@ -358,7 +357,7 @@ class Checkpointer(CheckpointReader):
             if step not in keep:
                 deleted = self._path(step, _DELETED)
                 os.replace(self._path(step), deleted)
-                shutil.rmtree(deleted)
+                storage.remove(deleted)
 
 
 def open_for_reading(

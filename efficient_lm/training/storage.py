@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 from efficient_lm.errors import CheckpointError
@@ -24,6 +25,18 @@ def sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(directory: Path) -> None:
+    """Delete a directory; threads of a failed save may write to it for a moment longer.
+
+    What withstands is left: it has no name of a checkpoint, and the next save tries again.
+    """
+    for _ in range(20):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.05)
 
 
 def save_failure(error: Exception, directory: Path, step: int, needed: int) -> CheckpointError:

@@ -59,7 +59,7 @@ def between_the_renames():
 
 
 def while_deleting():
-    checkpoint.shutil.rmtree = kill
+    checkpoint.storage.remove = kill
 
 
 # moment -> (how to be killed, step being saved, step that must be restored)

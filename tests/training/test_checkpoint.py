@@ -340,7 +340,7 @@ def test_a_full_disk_stops_the_save_and_not_the_run(small_disk, caplog):
     checkpointer.save(5, big, iterator={}, config={})
     with pytest.raises(CheckpointError, match="disk full: checkpoint 5"):
         checkpointer.close()
-    assert sorted(p.name for p in checkpointer.directory.iterdir()) == ["1", "3"]
+    assert checkpointer.steps() == [1, 3]
     assert_same(checkpointer.restore(abstract(make_state(0))).state, make_state(3))
     assert not caplog.text  # no traceback of a library's thread beside our line
 

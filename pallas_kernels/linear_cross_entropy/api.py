@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear_cross_entropy import ref, xla
-
-IMPLEMENTATIONS = ("ref", "xla_rows", "xla_vocabulary")
+from pallas_kernels._core import compat, dispatch
+from pallas_kernels.linear_cross_entropy import xla
+from pallas_kernels.linear_cross_entropy.ref import Options
+from pallas_kernels.linear_cross_entropy.support import TABLE, Facts
 
 
 def linear_cross_entropy(
@@ -20,7 +21,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_logits: int = 2**24,
     shards: int = 1,
-    implementation: str = "auto",
+    implementation: str | tuple[str, ...] = "auto",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Weighted sum of the cross-entropy of softmax(hidden weight^T), in nats, logits in chunks.
 
@@ -32,13 +33,14 @@ def linear_cross_entropy(
       weights: of each row's loss; None: all one. No gradient.
       soft_cap: logits become c tanh(logits / c).
       z_loss: coefficient z of z * logsumexp(logits)^2.
-      chunk_logits: logits alive at once over all devices (at least one row of the vocabulary a
-        shard, or one column of all rows); memory does not grow with V.
+      chunk_logits: logits alive at once in each shard (at least one row or column of them); memory
+        does not grow with V.
       shards: number of devices over which the first dimension of `hidden` is sharded, so that
         "xla_rows" cuts within shards; it must divide that dimension.
-      implementation: "xla_rows" (gradients in the forward pass, three matrix products, the
-        weight gradient held twice in float32), "xla_vocabulary" (logits computed again in the
-        backward pass, four products), "ref" (all logits alive), or "auto" ("xla_rows").
+      implementation: "auto", a name, or names in order of preference; `explain` tells the choice.
+        "xla_rows": gradients in the forward pass, three matrix products; each device holds a
+        float32 gradient of the whole weight while it is summed. "xla_vocabulary": logits computed
+        again in the backward pass, four products; no such gradient. "ref": all logits alive.
 
     Returns:
       total: sum_i w_i (lse_i - logit_i[label_i] + z lse_i^2); gradients in hidden and weight.
@@ -46,26 +48,31 @@ def linear_cross_entropy(
         correct_sum (weights of rows where no logit is higher than the label's).
 
     Raises:
-      ValueError: unknown implementation, or `shards` does not divide the first dimension.
+      ValueError: unknown implementation, features of hidden and weight differ, or `shards` does
+        not divide the first dimension.
     """
     weights = jnp.ones(labels.shape) if weights is None else lax.stop_gradient(weights)
-    if implementation == "auto":
-        implementation = "xla_rows"
-    if implementation == "ref":
-        total, sums = ref.linear_cross_entropy_ref(
-            hidden, weight, labels, weights, soft_cap=soft_cap, z_loss=z_loss
-        )
-    elif implementation in IMPLEMENTATIONS:
-        function = xla.by_rows if implementation == "xla_rows" else xla.by_vocabulary
-        hidden, labels, weights = _by_shards(shards, hidden, labels, weights)
-        options = xla.Options(soft_cap, z_loss, chunk_logits)
-        total, sums = function(hidden, weight, labels, weights, options)
-    else:
-        raise ValueError(
-            f"linear_cross_entropy: implementation={implementation!r}; "
-            f"allowed: auto, {', '.join(IMPLEMENTATIONS)}"
-        )
+    choice = explain(hidden, weight, shards=shards, implementation=implementation)
+    hidden, labels, weights = _by_shards(shards, hidden, labels, weights)
+    options = Options(soft_cap, z_loss, chunk_logits)
+    total, sums = choice.implementation.load()(hidden, weight, labels, weights, options)
     return total, jax.tree.map(lax.stop_gradient, sums)
+
+
+def explain(
+    hidden, weight, *, shards: int = 1, implementation: str | tuple[str, ...] = "auto"
+) -> dispatch.Choice:
+    """Which implementation `linear_cross_entropy` takes for these arguments, and why not others.
+
+    Arrays may be jax.ShapeDtypeStruct. `str()` of the result is one line for people.
+    """
+    if hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {hidden.shape} and weight {weight.shape} must have the "
+            "same last dimension"
+        )
+    facts = Facts(compat.target(), hidden.dtype.name, *weight.shape, shards)
+    return dispatch.choose("linear_cross_entropy", TABLE, facts, implementation)
 
 
 def linear_cross_entropy_per_token(
@@ -83,7 +90,7 @@ def linear_cross_entropy_per_token(
     """
     batch = labels.shape
     hidden, labels = _by_shards(shards, lax.stop_gradient(hidden), labels)
-    options = xla.Options(soft_cap, 0.0, chunk_logits)
+    options = Options(soft_cap, 0.0, chunk_logits)
     scores = xla.scores_by_rows(hidden, lax.stop_gradient(weight), labels, options)
     losses = (scores.lse - scores.label_logit).reshape(batch)
     return losses, scores.correct.astype(jnp.float32).reshape(batch)

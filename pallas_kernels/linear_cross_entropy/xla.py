@@ -4,7 +4,6 @@ Hidden is [R, D], or [S, R, D] for S shards of R rows each; chunks are cut along
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -12,13 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-
-class Options(NamedTuple):
-    """What is fixed at compile time."""
-
-    soft_cap: float | None
-    z_loss: float
-    chunk_logits: int
+from pallas_kernels.linear_cross_entropy.ref import Options
 
 
 class Scores(NamedTuple):
@@ -201,12 +194,12 @@ def _row_scores(hidden, weight, labels, options) -> Scores:
 
 
 def _row_chunks(hidden, weight, options) -> Chunks:
-    shards = math.prod(hidden.shape[:-2])
-    return Chunks.cover(hidden.shape[-2], options.chunk_logits // (shards * len(weight)))
+    """Chunks of each shard's rows."""
+    return Chunks.cover(hidden.shape[-2], options.chunk_logits // len(weight))
 
 
 def _vocabulary_chunks(hidden, weight, options) -> Chunks:
-    return Chunks.cover(len(weight), options.chunk_logits // math.prod(hidden.shape[:-1]))
+    return Chunks.cover(len(weight), options.chunk_logits // hidden.shape[-2])
 
 
 def _vocabulary_slice(hidden, weight, chunks, index, options):

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.linear_cross_entropy import (
+    explain,
     linear_cross_entropy,
     linear_cross_entropy_per_token,
 )
@@ -227,7 +228,7 @@ def test_sharded_over_eight_devices(rng, method):
     def total(hidden, weight, labels, weights):
         return linear_cross_entropy(
             hidden, weight, labels, weights=weights, implementation=method, shards=8,
-            chunk_logits=8 * 64 * 5,
+            chunk_logits=64 * 5,
         )  # fmt: skip
 
     function = jax.jit(
@@ -244,9 +245,23 @@ def test_sharded_over_eight_devices(rng, method):
         assert not re.search(r"all-(reduce|gather)", loops)
 
 
+def test_auto_and_its_reasons():
+    hidden = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16)
+    small = jax.ShapeDtypeStruct((50304, 4096), jnp.float32)
+    large = jax.ShapeDtypeStruct((128256, 4096), jnp.float32)
+    assert explain(hidden, small, shards=8).name == "xla_rows"
+    assert explain(hidden, large).name == "xla_rows"
+    choice = explain(hidden, large, shards=8)
+    assert choice.name == "xla_vocabulary"
+    assert "1 GiB" in str(choice)
+    assert explain(hidden, large, shards=8, implementation="xla_rows").name == "xla_rows"
+
+
 def test_errors_say_what_is_allowed(rng):
     hidden, weight, labels, _ = inputs(rng, 6, 8, 11)
     with pytest.raises(ValueError, match="xla_rows"):
         linear_cross_entropy(hidden, weight, labels, implementation="triton")
+    with pytest.raises(ValueError, match="same last dimension"):
+        explain(hidden, weight[:, 1:])
     with pytest.raises(ValueError, match="shards=4"):
         linear_cross_entropy(hidden, weight, labels, shards=4)

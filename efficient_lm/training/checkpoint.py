@@ -167,7 +167,8 @@ class CheckpointReader:
         lines = manifest.differences(state_tree.flat(saved), state_tree.flat(tables), cast=cast)
         if lines:
             raise CheckpointError(
-                f"checkpoint {self._path(step)} does not fit this config:\n  " + "\n  ".join(lines)
+                f"checkpoint {self._path(step)} does not fit this config; give the config that "
+                "wrote it or another --workdir:\n  " + "\n  ".join(lines)
             )
 
     def _load(self, step: int, wanted: state_tree.Parts) -> state_tree.Parts:
@@ -298,7 +299,6 @@ class Checkpointer(CheckpointReader):
                 manifest.write(saving, content)
                 self._rename(saving, content["step"])
                 self._damaged.discard(content["step"])
-                self._prune(content["step"])
         except Exception as error:
             storage.remove(saving)  # before the free bytes are counted
             failure = storage.save_failure(error, self.directory, content["step"], needed)
@@ -306,6 +306,11 @@ class Checkpointer(CheckpointReader):
             if not quiet:
                 self._warn(f"{failure}; the run goes on")
             return failure
+        if jax.process_index() == 0:
+            try:
+                self._prune(content["step"])
+            except (OSError, CheckpointError) as error:
+                self._warn(f"old checkpoints in {self.directory} could not be deleted: {error}")
         return None
 
     def _rename(self, saving: Path, step: int) -> None:

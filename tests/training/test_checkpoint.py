@@ -285,7 +285,7 @@ def test_a_state_that_does_not_fit_says_which_arrays(three_checkpoints):
     with pytest.raises(CheckpointError) as raised:
         open_for_reading(three_checkpoints).restore(wanted)
     head, *lines = str(raised.value).splitlines()
-    assert head.endswith("checkpoints/3 does not fit this config:")
+    assert "checkpoints/3 does not fit this config; give the config that wrote it or" in head
     assert [line.strip() for line in lines] == [
         "optimizer.0.mu.m: float32[16,8] in the checkpoint, wanted float32[24,8]",
         "parameters.extra: missing in the checkpoint, wanted float32[3]",

@@ -190,7 +190,7 @@ def _limits(
     """Limits of the vertical axis: the first steps and rare spikes must not flatten the rest."""
     last = max(step for curve in curves.values() for step, _ in curve)
     values = sorted(v for curve in curves.values() for step, v in curve if step >= 0.04 * last)
-    low, high = values[0], values[int(0.99 * (len(values) - 1))]
+    low, high = values[0], values[-1 - len(values) // 100]
     if from_zero:
         low = min(low, 0.0)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0

@@ -49,7 +49,7 @@ def to_workdir(source: str | Path, workdir: str | Path) -> list[str]:
             lines = []
         _copy(source, partial / ORIGINALS, ORIGINAL_FILES)
         config = Config.from_dict(Config(model=model, data=data).to_dict())
-        with Checkpointer(partial, config.checkpointing) as checkpointer:
+        with _lean_saving(), Checkpointer(partial, config.checkpointing) as checkpointer:
             checkpointer.save(
                 0, {"parameters": arrays}, iterator={}, config=config.to_dict(), wait=True
             )
@@ -115,6 +115,16 @@ def read_parameters(workdir: Path, config: Config) -> dict[str, Any]:
             abstract, parameters, is_leaf=lambda leaf: not isinstance(leaf, dict)
         ),
     )
+
+
+def _lean_saving() -> contextlib.AbstractContextManager:
+    """Saving without a second copy: orbax else copies host arrays and buffers compressed ones."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.use_compression = False
+    return context
 
 
 @contextlib.contextmanager

@@ -4,20 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from interop_cases import MODELS, random_arrays
 
 from efficient_lm.config import Config, ModelConfig
 from efficient_lm.data.tokenizers import load_tokenizer
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop import conversion, hugging_face
-from efficient_lm.model.definition import define
 from efficient_lm.training.checkpoint import Checkpointer
-
-MODELS = Path(__file__).parents[1] / "fixtures" / "hugging_face"
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -92,12 +91,7 @@ def test_only_new_folders_are_written(tmp_path):
 def test_a_run_of_ours_is_exported(tmp_path):
     model = ModelConfig(vocabulary_size=50, embed_dim=32, num_layers=3, max_length=64)
     config = Config.from_dict({"model": {**vars(model)}, "data": {"sequence_length": 64}})
-    rng = np.random.default_rng(0)
-    arrays = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
-        define(model).parameters,
-        is_leaf=lambda leaf: not isinstance(leaf, dict),
-    )
+    arrays = random_arrays(model)
     workdir = tmp_path / "run"
     with Checkpointer(workdir, config.checkpointing) as checkpointer:
         state = {"parameters": arrays, "optimizer": {"count": np.zeros((), np.int32)}}
@@ -108,6 +102,23 @@ def test_a_run_of_ours_is_exported(tmp_path):
     assert hugging_face.read_config(tmp_path / "out")["architectures"] == ["LlamaForCausalLM"]
     assert again.num_layers == 3 and again.dtype == "float32"
     assert jax.tree.all(jax.tree.map(np.array_equal, read, arrays))
+
+
+def test_the_model_is_in_memory_once(tmp_path):
+    model = ModelConfig(vocabulary_size=4096, embed_dim=256, num_layers=12, max_length=64)
+    source = tmp_path / "source"
+    source.mkdir()
+    arrays = random_arrays(model)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    hugging_face.write_model(source, model, arrays)
+    del arrays
+    tracemalloc.start()
+    try:
+        conversion.to_workdir(source, tmp_path / "run")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.4 * size
 
 
 def test_missing_work_directories(tmp_path):

@@ -12,15 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from interop_cases import CASES, FIXTURES, MODELS, random_arrays
 
 from efficient_lm.config import ModelConfig, layer
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop import family, hugging_face, layout, rope, shards
-from efficient_lm.model.definition import define
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-MODELS = FIXTURES / "hugging_face"
-CASES = sorted(path.name for path in MODELS.iterdir() if path.is_dir())
 
 
 def tensors_of(directory: Path) -> dict[str, np.ndarray]:
@@ -29,16 +25,6 @@ def tensors_of(directory: Path) -> dict[str, np.ndarray]:
     for path in directory.glob("*.safetensors"):
         result |= safetensors.numpy.load_file(path)
     return result
-
-
-def random_arrays(model: ModelConfig) -> dict:
-    """Arrays for a model, without compiling anything."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
-        define(model).parameters,
-        is_leaf=lambda leaf: not isinstance(leaf, dict),
-    )
 
 
 def same_bytes(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

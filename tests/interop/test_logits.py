@@ -2,20 +2,17 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interop_cases import CASES, FIXTURES, MODELS
 
 from efficient_lm.interop import hugging_face, rope
 from efficient_lm.model.definition import define, unstack
 from efficient_lm.model.rope import frequencies
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-MODELS = FIXTURES / "hugging_face"
-CASES = sorted(path.name for path in MODELS.iterdir() if path.is_dir())
 ROPE = json.loads((FIXTURES / "rope.json").read_text())
 
 

@@ -13,6 +13,7 @@ import jax
 
 from efficient_lm.config import Config, DataConfig
 from efficient_lm.errors import CheckpointError
+from efficient_lm.inference.load import read_config
 from efficient_lm.interop import hugging_face
 from efficient_lm.model.definition import define
 from efficient_lm.training.checkpoint import Checkpointer, open_for_reading
@@ -71,7 +72,7 @@ def from_workdir(workdir: str | Path, target: str | Path) -> list[str]:
     Returns and raises as `to_workdir`.
     """
     workdir, target = Path(workdir).expanduser(), Path(target).expanduser()
-    config = read_run_config(workdir)
+    config = read_config(workdir)
     original = None
     if (workdir / ORIGINALS).is_dir():
         original = hugging_face.read_config(workdir / ORIGINALS)
@@ -86,21 +87,15 @@ def from_workdir(workdir: str | Path, target: str | Path) -> list[str]:
     return [*lines, f"wrote {target}: {written['architectures'][0]}"]
 
 
-def read_run_config(workdir: Path) -> Config:
-    """config.json of a run; CheckpointError if it is missing or no JSON."""
-    path = workdir / "config.json"
-    try:
-        return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise CheckpointError(f"no run in {workdir}: there is no {path.name}") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from None
-
-
 def read_parameters(workdir: Path, config: Config) -> dict[str, Any]:
-    """Parameters of the newest checkpoint in host memory, in the dtypes saved."""
+    """Parameters of the newest checkpoint in host memory, in the dtypes saved.
+
+    As `load` does, it takes their moving average where the run kept one.
+    """
     reader = open_for_reading(workdir)
-    saved = reader.parts().get("parameters", {})
+    parts = reader.parts()
+    part = "average" if "average" in parts else "parameters"
+    saved = parts.get(part, {})
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
     def abstract(path, leaf):
@@ -108,13 +103,10 @@ def read_parameters(workdir: Path, config: Config) -> dict[str, Any]:
         dtype = saved.get(name, leaf).dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=host)
 
-    parameters = jax.tree.map(lambda p: p, define(config.model).parameters)
-    return reader.restore_part(
-        "parameters",
-        jax.tree_util.tree_map_with_path(
-            abstract, parameters, is_leaf=lambda leaf: not isinstance(leaf, dict)
-        ),
+    shapes = jax.tree_util.tree_map_with_path(
+        abstract, define(config.model).parameters, is_leaf=lambda leaf: not isinstance(leaf, dict)
     )
+    return reader.restore_part(part, shapes)
 
 
 def _lean_saving() -> contextlib.AbstractContextManager:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from interop_cases import MODELS, random_arrays
 
+import efficient_lm
 from efficient_lm.config import Config, ModelConfig
 from efficient_lm.data.tokenizers import load_tokenizer
 from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.inference.load import read_config
 from efficient_lm.interop import conversion, hugging_face
 from efficient_lm.training.checkpoint import Checkpointer
 
@@ -39,13 +41,23 @@ def test_there_and_back_with_tokenizer_is_exact(tmp_path):
 def test_parameters_are_read_back_in_their_dtype(tmp_path):
     conversion.to_workdir(MODELS / "qwen3", tmp_path / "run")
     _, arrays = hugging_face.read_model(MODELS / "qwen3")
-    read = conversion.read_parameters(
-        tmp_path / "run", conversion.read_run_config(tmp_path / "run")
-    )
+    read = conversion.read_parameters(tmp_path / "run", read_config(tmp_path / "run"))
     assert jax.tree.structure(read) == jax.tree.structure(arrays)
     for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(arrays), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), b)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_window"])
+def test_load_reads_it_like_a_run(name, tmp_path):
+    conversion.to_workdir(MODELS / name, tmp_path / "run")
+    model, tokenizer, config = efficient_lm.load(tmp_path / "run", dtype="float32")
+    reference = np.load(MODELS / f"{name}.npz")
+    logits = np.asarray(model(reference["tokens"]).logits)
+    error = np.abs(logits - reference["logits"]).max() / np.abs(reference["logits"]).max()
+    assert error < 2e-5
+    assert (tokenizer is None) == (name != "qwen3")
+    assert config.model.max_length == 256
 
 
 def test_folder_without_a_tokenizer_converts_and_says_so(tmp_path):
@@ -93,8 +105,9 @@ def test_a_run_of_ours_is_exported(tmp_path):
     config = Config.from_dict({"model": {**vars(model)}, "data": {"sequence_length": 64}})
     arrays = random_arrays(model)
     workdir = tmp_path / "run"
+    newer = jax.tree.map(lambda array: array + 1, arrays)
     with Checkpointer(workdir, config.checkpointing) as checkpointer:
-        state = {"parameters": arrays, "optimizer": {"count": np.zeros((), np.int32)}}
+        state = {"parameters": newer, "average": arrays, "step": np.zeros((), np.int32)}
         checkpointer.save(7, state, iterator={}, config=config.to_dict(), wait=True)
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     conversion.from_workdir(workdir, tmp_path / "out")
@@ -122,10 +135,10 @@ def test_the_model_is_in_memory_once(tmp_path):
 
 
 def test_missing_work_directories(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no run in .*/nothing: there is no config.json"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*/nothing/config.json"):
         conversion.from_workdir(tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config.json is no JSON"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*/config.json"):
         conversion.from_workdir(tmp_path, tmp_path / "out")
     (tmp_path / "config.json").write_text('{"modle": {}}')
     with pytest.raises(ConfigError, match=r"unknown field config.modle"):

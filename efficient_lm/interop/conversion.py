@@ -131,7 +131,10 @@ def _new_directory(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+        where = error.filename or partial
+        raise CheckpointError(
+            f"cannot convert to {path}: {error.strerror or error} ({where})"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -81,9 +81,9 @@ class Family:
 
     def read(self, given: dict[str, Any]) -> ModelConfig:
         """The model that config.json describes; ConfigError names what we cannot compute."""
-        values = {**self.defaults, **{n: v for n, v in given.items() if v is not None}}
+        values = {**self.defaults, **given}
         for name, allowed in ({"quantization_config": (None,)} | dict(self.only)).items():
-            if values.get(name, allowed[0]) not in allowed:
+            if values.get(name) is not None and values[name] not in allowed:
                 raise ConfigError(
                     f"{name}={values[name]!r} is not supported for {self.architecture}; "
                     f"supported: {', '.join(map(repr, allowed))}"
@@ -148,14 +148,14 @@ class Family:
 
     def _windows(self, values: dict[str, Any]) -> list[int | None]:
         """The window of each layer, None = all tokens."""
-        count = values["num_hidden_layers"]
-        if not self.sliding_window or not values.get("use_sliding_window"):
+        count, window = values["num_hidden_layers"], values.get("sliding_window")
+        if not self.sliding_window or not values["use_sliding_window"] or not window:
             return [None] * count
         first = values["max_window_layers"]
         types = values.get("layer_types") or [
             "sliding_attention" if i >= first else "full_attention" for i in range(count)
         ]
-        windows = {"sliding_attention": values["sliding_window"], "full_attention": None}
+        windows = {"sliding_attention": window, "full_attention": None}
         unknown = sorted(set(types) - set(windows))
         if unknown or len(types) != count:
             raise ConfigError(

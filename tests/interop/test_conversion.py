@@ -1,5 +1,6 @@
 """Work directories from Hugging Face folders and back, through the functions and the door."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from efficient_lm.config import Config, ModelConfig
 from efficient_lm.data.tokenizers import load_tokenizer
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.inference.load import read_config
-from efficient_lm.interop import conversion, hugging_face
+from efficient_lm.interop import conversion, hugging_face, shards
 from efficient_lm.training.checkpoint import Checkpointer
 
 
@@ -86,6 +87,18 @@ def test_a_failed_conversion_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="lacks 1 of 3 files"):
         conversion.to_workdir(source, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    conversion.to_workdir(MODELS / "llama3", tmp_path / "run")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards, "write", full)
+    with pytest.raises(CheckpointError, match=r"cannot convert to .*/out: No space left"):
+        conversion.from_workdir(tmp_path / "run", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_only_new_folders_are_written(tmp_path):

@@ -16,7 +16,7 @@ from interop_cases import CASES, FIXTURES, MODELS, random_arrays
 
 from efficient_lm.config import ModelConfig, layer
 from efficient_lm.errors import CheckpointError, ConfigError
-from efficient_lm.interop import family, hugging_face, layout, rope, shards
+from efficient_lm.interop import family, hugging_face, layout, qwen3, rope, shards
 
 
 def tensors_of(directory: Path) -> dict[str, np.ndarray]:
@@ -261,6 +261,33 @@ def test_models_of_ours_choose_the_architecture_that_fits(tmp_path):
     model, again = hugging_face.read_model(tmp_path)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, arrays))
     assert len(model.layers) == 2
+    # Layers 0 to 3 are two periods of two places, layer 4 is the rest.
+    stack, stored = arrays["stack"], tensors_of(tmp_path)
+    for number, block, index in (
+        (1, stack["period"]["1"], 0),
+        (2, stack["period"]["0"], 1),
+        (4, stack["rest"]["0"], ...),
+    ):
+        np.testing.assert_array_equal(
+            stored[f"model.layers.{number}.mlp.up_proj.weight"], block["ffn"]["up"][index].T
+        )
+
+
+def test_null_means_what_it_means_to_transformers():
+    given = hugging_face.read_config(MODELS / "qwen3_window")
+    assert family_windows(given) == {24}
+    assert family_windows(given | {"layer_types": None}) == {24}
+    assert family_windows(given | {"layer_types": None, "max_window_layers": 3}) == set()
+    assert family_windows(given | {"sliding_window": None}) == set()
+    assert family_windows(given | {"use_sliding_window": False}) == set()
+    wide = qwen3.FAMILY.read(given | {"head_dim": None})
+    assert wide.mixers["attention"]["head_dim"] == 16
+
+
+def family_windows(given: dict) -> set[int]:
+    """The windows of the layers of a Qwen3 config."""
+    layers = qwen3.FAMILY.read(given).layers
+    return {options["window"] for _, options, _, _ in layers if "window" in options}
 
 
 @pytest.mark.parametrize(

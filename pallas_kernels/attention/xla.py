@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import schedule, xla_panels, xla_tiles
@@ -72,7 +73,7 @@ def _attend(options, q, k, v, sinks, mask):
 
 def _forward(options, q, k, v, sinks, mask):
     form = xla_panels if options.chunks[1] is None else xla_tiles
-    out, saved = form.forward(options, q, k, v, sinks, mask)
+    out, saved = checkpoint_name(form.forward(options, q, k, v, sinks, mask), "attention")
     return out, (q, k, v, sinks, mask, saved, out)
 
 

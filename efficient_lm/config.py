@@ -66,6 +66,7 @@ class ModelConfig:
     initializer: Literal["depth_scaled_normal", "normal", "fan_in"] = "depth_scaled_normal"
     initializer_scale: float = 0.02  # standard deviation of "normal" kinds
     dtype: Literal["bfloat16", "float32"] = "float32"  # of activations and matmuls
+    scan_layers: bool = True  # False: faster steps on GPUs for a compile time linear in depth
     remat: Literal["none", "products", "dots", "mixer", "full"] = "none"
 
 

@@ -36,8 +36,12 @@ class ModelDefinition:
         return sum(leaf.size for leaf in jax.tree.leaves(self.parameters))
 
 
-def define(config: ModelConfig, *, scan: bool = True) -> ModelDefinition:
-    """The definition of a model; nothing is allocated. `scan=False` keeps every layer apart."""
+def define(config: ModelConfig, *, scan: bool | None = None) -> ModelDefinition:
+    """The definition of a model; nothing is allocated.
+
+    scan: whether repeated layers are stacked for a scan; None: as `config.scan_layers` says.
+    """
+    scan = config.scan_layers if scan is None else scan
     graph, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0), scan=scan)))
     return ModelDefinition(config, graph, _nest(nnx.to_flat_state(state)))
 

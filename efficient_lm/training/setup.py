@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from efficient_lm.config import Config
 from efficient_lm.data.pipeline import make_train_iterator
-from efficient_lm.data.sources import read_documents
 from efficient_lm.data.tokenizers import (
     Tokenizer,
     check_vocabulary,
@@ -110,9 +109,6 @@ def _tokenizer(config: Config, workdir: Path) -> Tokenizer:
     directory = workdir / "tokenizer"
     if directory.exists():
         return load_tokenizer(directory)
-    texts = None
-    if config.data.tokenizer == "characters":
-        texts = read_documents(config.data, "train")
-    tokenizer = make_tokenizer(config.data, texts)
+    tokenizer = make_tokenizer(config.data)
     tokenizer.save(directory)
     return tokenizer

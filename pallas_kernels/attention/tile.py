@@ -16,7 +16,7 @@ class Layout(NamedTuple):
     k: str
 
 
-STORED = Layout("btkgh", "bskh")  # as given: nothing is transposed ahead
+STORED = Layout("bkgth", "bskh")  # keys as given: a cache is read without a copy of it
 STACKED = Layout("bkgth", "bksh")  # one tile of the chunked form
 
 

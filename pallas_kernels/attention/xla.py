@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from pallas_kernels._core import compat, tuning
 from pallas_kernels.attention import schedule, xla_panels, xla_tiles
 from pallas_kernels.attention.mask import Mask
 
@@ -42,12 +43,14 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """`ref.attention` with fp32 softmax and accumulation; the products take the inputs' dtype.
 
-    chunks: queries and keys a tile; keys None: panels of queries. None: by the sizes.
+    chunks: queries and keys a tile; keys None: panels of queries. None: tuned, else by the sizes.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
     if chunks is None:
-        chunks = choose_chunks(mask, B * N, T, k.shape[1])
+        shape = {"B": B, "T": T, "S": k.shape[1], "N": N, "K": K, "H": H}
+        tuned = tuning.lookup("attention", "xla", compat.target().kind, shape)
+        chunks = tuple(tuned["chunks"]) if tuned else choose_chunks(mask, B * N, T, k.shape[1])
     grouped = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, N // K, 1)
     options = Options(float(scale), soft_cap, chunks)
     out = _attend(options, q.reshape(B, T, K, N // K, H), k, v, grouped, mask)

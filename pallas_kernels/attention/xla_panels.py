@@ -16,18 +16,19 @@ def forward(options, q, k, v, sinks, mask):
     compute them again.
     """
     B, T, K, G, H = q.shape
+    q = jnp.moveaxis(q, 1, 3)
     outs, saved = [], []
     for queries, keys in schedule.panels(mask, T, k.shape[1], options.chunks[0]):
         if keys:
             fits = _allowed(mask, queries, keys)
-            parts = _rows(q, queries), _rows(k, keys), _rows(v, keys)
+            parts = _rows(q, queries, 3), _rows(k, keys), _rows(v, keys)
             out, lse, weights = tile.softmax(*parts, fits, sinks, options, STORED)
         else:
             out, lse = tile.finish(tile.start((B, K, G, len(queries)), H), sinks)
-            out, weights = jnp.moveaxis(out, 3, 1), None
+            weights = None
         outs.append(out.astype(q.dtype))
         saved.append((lse, weights))
-    return _concatenate(outs, 1), saved
+    return jnp.moveaxis(_concatenate(outs, 3), 3, 1), saved
 
 
 def backward(options, q, k, v, sinks, mask, saved, out, d_out):
@@ -35,18 +36,19 @@ def backward(options, q, k, v, sinks, mask, saved, out, d_out):
     T, S = q.shape[1], k.shape[1]
     dq, dk, dv = [], [], []
     delta = tile.delta(out, d_out)
+    q, d_out = jnp.moveaxis(q, 1, 3), jnp.moveaxis(d_out, 1, 3)
     panels = schedule.panels(mask, T, S, options.chunks[0])
     for (queries, keys), (lse, weights) in zip(panels, saved, strict=True):
         if not keys:
-            dq.append(jnp.zeros_like(_rows(q, queries), jnp.float32))
+            dq.append(jnp.zeros_like(_rows(q, queries, 3), jnp.float32))
             continue
-        parts = _rows(q, queries), _rows(k, keys), _rows(v, keys)
+        parts = _rows(q, queries, 3), _rows(k, keys), _rows(v, keys)
         scores = None
         if options.soft_cap is not None:
             fits = _allowed(mask, queries, keys)
             weights, scores = tile.normalized(*parts[:2], lse, fits, options, STORED)
         dq_part, dk_part, dv_part = tile.gradients(
-            *parts, _rows(d_out, queries), weights, scores,
+            *parts, _rows(d_out, queries, 3), weights, scores,
             delta[..., queries.start : queries.stop], options, STORED,
         )  # fmt: skip
         dq.append(dq_part)
@@ -55,12 +57,14 @@ def backward(options, q, k, v, sinks, mask, saved, out, d_out):
     nothing = jnp.zeros_like(k, jnp.float32)
     lse = _concatenate([lse for lse, _ in saved], 3)
     d_sinks = tile.sink_gradient(sinks, lse, delta)
-    return _concatenate(dq, 1), _sum(dk, nothing), _sum(dv, nothing), d_sinks
+    return jnp.moveaxis(_concatenate(dq, 3), 3, 1), _sum(dk, nothing), _sum(dv, nothing), d_sinks
 
 
-def _rows(array, span: range):
-    """Rows `span` of [B, T, ...], the array itself where these are all."""
-    return array if len(span) == array.shape[1] else array[:, span.start : span.stop]
+def _rows(array, span: range, axis: int = 1):
+    """Rows `span` of an array, the array itself where these are all."""
+    if len(span) == array.shape[axis]:
+        return array
+    return jax.lax.slice_in_dim(array, span.start, span.stop, axis=axis)
 
 
 def _pad_rows(array, before: int, after: int):

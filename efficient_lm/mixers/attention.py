@@ -141,26 +141,21 @@ class Attention(nnx.Module):
         index, segments = context.index, context.segment_ids
         query_index, key_index, key_segments = None, None, segments
         if state is not None:
-            old, state = state, write(state, key, value, index, segments)
+            old, new = state, new_entries(key, value, index, segments)
+            state = write(state, new)
             if not context.fresh:
                 query_index = index
                 # A ring that T > 1 new tokens wrap would lose keys which the first of them see.
                 whole = key.shape[1] == 1 or self.options.window is None
-                if whole:
-                    key, value, key_index, key_segments = (
-                        state[name] for name in ("key", "value", "index", "segment_ids")
-                    )
-                else:
-                    new = {
-                        "key": key,
-                        "value": value,
-                        "index": index,
-                        "segment_ids": jnp.ones_like(index) if segments is None else segments,
+                entries = read(state)
+                if not whole:
+                    entries = {
+                        name: jnp.concatenate([kept, new[name].astype(kept.dtype)], axis=1)
+                        for name, kept in read(old).items()
                     }
-                    key, value, key_index, key_segments = (
-                        jnp.concatenate([old[name], new[name].astype(old[name].dtype)], axis=1)
-                        for name in ("key", "value", "index", "segment_ids")
-                    )
+                key, value, key_index, key_segments = (
+                    entries[name] for name in ("key", "value", "index", "segment_ids")
+                )
         mask = context.mask
         if self.options.window is not None:
             mask = mask & masks.SlidingWindow(self.options.window)
@@ -202,27 +197,40 @@ class Attention(nnx.Module):
         _, heads, head_dim = self.sizes
         slots = min(max_length, self.options.window or max_length)
         return {
-            "key": jnp.zeros((batch, slots, heads, head_dim), dtype),
-            "value": jnp.zeros((batch, slots, heads, head_dim), dtype),
+            "key": jnp.zeros((batch, heads, slots, head_dim), dtype),
+            "value": jnp.zeros((batch, heads, slots, head_dim), dtype),
             "index": jnp.full((batch, slots), -1, jnp.int32),
             "segment_ids": jnp.zeros((batch, slots), jnp.int32),
         }
 
 
-def write(state, key, value, index, segments):
-    """The cache with new tokens at slot index % slots; padding and overwritten tokens dropped."""
+def new_entries(key, value, index, segments):
+    """What the cache keeps of tokens: key and value [B, T, K, H], index and segment_ids [B, T]."""
+    segments = jnp.ones_like(index) if segments is None else segments
+    return {"key": key, "value": value, "index": index, "segment_ids": segments}
+
+
+def write(state, new):
+    """The cache with new tokens at slot index % slots; padding and overwritten tokens dropped.
+
+    Keys and values are kept as [B, K, S, H]: the products of attention are batched over heads, and
+    any other order would have the whole cache transposed in every decode step.
+    """
+    index = new["index"]
     slots = state["index"].shape[1]
     last = jnp.max(index, axis=1, keepdims=True)
     keep = (index >= 0) & (index > last - slots)
     slot = jnp.where(keep, index % slots, slots)
     row = jnp.arange(index.shape[0])[:, None]
-    new = {
-        "key": key,
-        "value": value,
-        "index": index,
-        "segment_ids": jnp.ones_like(index) if segments is None else segments,
-    }
-    return {
-        name: state[name].at[row, slot].set(new[name].astype(state[name].dtype), mode="drop")
-        for name in state
-    }
+
+    def put(name):
+        kept, values = state[name], new[name].astype(state[name].dtype)
+        place = kept.at[row, :, slot] if kept.ndim == 4 else kept.at[row, slot]
+        return place.set(values, mode="drop")
+
+    return {name: put(name) for name in state}
+
+
+def read(state):
+    """The cache as entries of tokens: key and value [B, S, K, H], index and segment_ids [B, S]."""
+    return {name: jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x for name, x in state.items()}

@@ -179,6 +179,6 @@ def test_decode_writes_caches_in_place_and_copies_no_matrix(models):
     aliased = text[text.index("input_output_alias") :].split("\n", 1)[0]
     state = model.module.init_state(4, 32)["layers"]
     assert aliased.count("-alias)") == len(jax.tree.leaves(state)) + 3  # token, count, length
-    assert "f32[16,4,4]" in text and "f32[4,32,2,4]" in text
-    for shape in ("4,4,16", "16,4,4", "16,2,4", "4,32,2,4", "4,5,2,4"):
+    assert "f32[16,4,4]" in text and "f32[4,2,32,4]" in text
+    for shape in ("4,4,16", "16,4,4", "16,2,4", "4,2,32,4", "4,2,5,4"):
         assert not re.search(rf"= f32\[{shape}\]\S* copy\(", text), shape

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from efficient_lm import registry
@@ -64,7 +63,6 @@ class Block(nnx.Module):
         """(x, new decode state or None, auxiliary values by "mixer" and "ffn")."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         branch, state, mixer_aux = self.mixer(self.mixer_residual.enter(x), context, state)
-        branch = checkpoint_name(branch, "mixer")
         x = self.mixer_residual.leave(x, branch, keys[0])
         ffn_aux = {}
         if hasattr(self, "ffn"):

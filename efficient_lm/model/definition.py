@@ -10,7 +10,7 @@ from efficient_lm.config import ModelConfig
 from efficient_lm.model.language_model import LanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashable, so that jit can take it as a static argument
 class ModelDefinition:
     """The structure of a model; `bind` joins it with arrays inside or outside of jit.
 

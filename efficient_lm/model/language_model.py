@@ -69,10 +69,13 @@ class LanguageModel(nnx.Module):
     ) -> Output:
         """One pass over `tokens`, which follow those that `state` has seen.
 
-        segment_ids: document of each token, 0 = padding (anywhere in a row; it changes nothing).
+        segment_ids: document of each token, 0 = padding, which changes nothing around documents;
+            inside of one only with `state`, because without it windows count slots of the row.
         positions: for position embeddings; default: the running index in the sequence.
         state: from `init_state` or an earlier Output; None: the tokens are the whole sequence.
-        fresh: `state` is known to be empty, which lets prefill use the training kernels.
+        fresh: `state` is known to be empty, which lets prefill use the training kernels. As in
+            training, indices are then slots of the row: padding may stand around documents, and
+            not in front of them when `mask` speaks of blocks or a prefix.
         mask: which tokens may see which; default causal.
         dropout_key: None turns dropout off.
         logits: False leaves them out, for losses that never hold all of them.
@@ -133,7 +136,10 @@ class LanguageModel(nnx.Module):
         return self.shard(logits, "batch", "length", "vocabulary")
 
     def init_state(self, batch: int, max_length: int, dtype: Any = None) -> dict[str, Any]:
-        """Empty decode state for `batch` sequences of up to `max_length` tokens."""
+        """Empty decode state for `batch` sequences of up to `max_length` tokens.
+
+        More tokens overwrite the oldest without an error, so callers check the length.
+        """
         dtype = jnp.dtype(self.config.dtype if dtype is None else dtype)
         return {
             "length": jnp.zeros((batch,), jnp.int32),

@@ -12,18 +12,22 @@ from efficient_lm.model.block import Block
 from efficient_lm.model.context import Context
 
 
+def mixers(primitive, *arguments, **parameters) -> bool:
+    """Keep what kernels name "attention" or "mixer": outputs that cost most at long contexts."""
+    if primitive.name == "name":
+        return parameters["name"] in ("attention", "mixer")
+    return primitive.name.startswith("dot_product_attention")  # cuDNN's, with its log-sum-exp
+
 
 def products(primitive, *arguments, **parameters) -> bool:
     """Keep matrix products and what attention computed, and compute all element-wise work again.
 
     On GPUs this beats keeping everything: reading fp32 intermediates back costs more time.
     """
-    if primitive.name == "name":
-        return parameters["name"] == "attention"
-    if primitive.name.startswith("dot_product_attention"):  # cuDNN's, with its log-sum-exp
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
-        primitive, *arguments, **parameters
+    return mixers(primitive, **parameters) or (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+            primitive, *arguments, **parameters
+        )
     )
 
 
@@ -32,7 +36,7 @@ REMAT_POLICIES = {
     "products": products,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mixer": jax.checkpoint_policies.save_only_these_names("mixer"),
+    "mixer": mixers,
 }
 
 

@@ -51,13 +51,6 @@ def splash_attention():
     return splash_attention
 
 
-def gpu_interpret_available() -> bool:
-    """Whether this JAX can interpret Mosaic GPU kernels on a CPU (0.11.2 and later)."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    return hasattr(mosaic_gpu, "InterpretGPUParams")
-
-
 def tpu_mesh(topology: str) -> jax.sharding.Mesh:
     """A mesh of the first device of a TPU topology such as "v5e:2x2", for compilation only."""
     from jax.experimental import topologies

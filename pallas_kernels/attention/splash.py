@@ -66,11 +66,13 @@ def _mask(splash, term: Term, T: int, S: int):
 
 
 def _segments(splash, mask: Mask, term: Term, B: int, T: int, S: int):
-    """Segments that keep padding apart: the kernel compares for equality, so keys get -1."""
+    """Segments as the kernel compares them; keys padded here get -1, which no query has.
+
+    Segment 0 may meet itself in the kernel: those rows are put to 0 outside.
+    """
     queries, keys = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
     if term.segments:
         queries, keys = mask.query_segments, mask.key_segments
-        keys = jnp.where(keys == 0, -1, keys)
     queries = jnp.broadcast_to(_pad(queries, _round_up(T)), (B, _round_up(T)))
     keys = jnp.broadcast_to(_pad(keys, _round_up(S), -1), (B, _round_up(S)))
     return splash.SegmentIds(q=queries, kv=keys)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efficient_lm.config import layer
-from efficient_lm.mixers.attention import write
+from efficient_lm.mixers.attention import new_entries, read, write
 from tests.model.tiny import run, tiny
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(32, size=(2, 9)), jnp.int32)
@@ -80,8 +80,8 @@ def test_qk_norm_forgets_the_length_of_queries_and_keys():
 
 def cache(slots=4):
     return {
-        "key": jnp.zeros((2, slots, 1, 1)),
-        "value": jnp.zeros((2, slots, 1, 1)),
+        "key": jnp.zeros((2, 1, slots, 1)),
+        "value": jnp.zeros((2, 1, slots, 1)),
         "index": jnp.full((2, slots), -1, jnp.int32),
         "segment_ids": jnp.zeros((2, slots), jnp.int32),
     }
@@ -91,7 +91,7 @@ def written(indices, state, segments=None):
     """The cache after tokens of these running indices, whose keys are 10 + index."""
     index = jnp.asarray(indices, jnp.int32)
     key = (10.0 + index.astype(jnp.float32))[..., None, None]
-    return write(state, key, -key, index, segments)
+    return write(state, new_entries(key, -key, index, segments))
 
 
 def test_the_ring_keeps_the_newest_tokens_in_whatever_order_they_come():
@@ -99,7 +99,9 @@ def test_the_ring_keeps_the_newest_tokens_in_whatever_order_they_come():
         indices = np.stack([np.arange(7), np.arange(7)])[:, order]
         state = written(indices, cache())
         np.testing.assert_array_equal(state["index"], [[4, 5, 6, 3]] * 2)
-        np.testing.assert_array_equal(state["key"][:, :, 0, 0], [[14.0, 15.0, 16.0, 13.0]] * 2)
+        np.testing.assert_array_equal(
+            read(state)["key"][:, :, 0, 0], [[14.0, 15.0, 16.0, 13.0]] * 2
+        )
         np.testing.assert_array_equal(state["value"], -state["key"])
 
 

@@ -91,9 +91,9 @@ def test_the_state_counts_tokens_and_not_padding():
 def test_rings_hold_no_more_than_their_window():
     definition, arrays = tiny(layers=(layer(window=4), layer()), num_layers=5)
     period, rest = definition.bind(arrays).init_state(3, 32)["layers"]
-    assert period[0]["key"].shape == (2, 3, 4, 2, 8)  # [layers, B, slots, heads, head dim]
-    assert period[1]["key"].shape == (2, 3, 32, 2, 8)
-    assert rest[0]["key"].shape == (3, 4, 2, 8)
+    assert period[0]["key"].shape == (2, 3, 2, 4, 8)  # [layers, B, heads, slots, head dim]
+    assert period[1]["key"].shape == (2, 3, 2, 32, 8)
+    assert rest[0]["key"].shape == (3, 2, 4, 8)
 
 
 def test_a_bf16_model_stays_close_to_fp32_and_keeps_fp32_gradients():

@@ -1,5 +1,10 @@
 """Strict mode: eight CPU devices, strict dtype promotion, no silent rank promotion."""
 
+import os
+
+# Tests compile far more than they compute: half of LLVM's work would be for nothing.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+
 import jax
 import numpy as np
 import pytest

@@ -146,15 +146,15 @@ class CheckpointReader:
             if suffix == _DELETED or (step is not None and candidate != step):
                 continue
             path = self._path(candidate, suffix)
+            if suffix == _SAVING:  # never was a checkpoint, so a run may start without one
+                self._warn(f"checkpoint {path} is passed over: its save was cut off, or still runs")
+                continue
             try:
-                if suffix == _SAVING:
-                    raise manifest.Damaged("not complete (its save still runs or was cut off)")
                 content = manifest.read(path)
                 manifest.verify(path, content, parts)
             except manifest.Damaged as damage:
                 reasons.append(f"{path.name}: {damage}")
-                if not suffix:
-                    self._damaged.add(candidate)
+                self._damaged.add(candidate)
                 self._warn(f"checkpoint {path} is passed over: {damage}")
             else:
                 return (candidate, content), reasons

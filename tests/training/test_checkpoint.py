@@ -186,7 +186,7 @@ DAMAGES = {
         "manifest.json is unreadable",
     ),
     "directory empty": (lambda d: (shutil.rmtree(d), d.mkdir()), "manifest.json is missing"),
-    "half-written": (lambda d: d.rename(d.with_name("3.saving")), "not complete"),
+    "half-written": (lambda d: d.rename(d.with_name("3.saving")), "its save was cut off"),
 }
 
 

@@ -19,7 +19,7 @@ LENGTHS = np.ones(64, np.int32)
 def make_config(**sections) -> Config:
     values = {
         "model": {
-            "vocabulary_size": 64, "embed_dim": 32, "num_layers": 3, "max_length": 16,
+            "vocabulary_size": 64, "embed_dim": 32, "num_layers": 2, "max_length": 16,
             "mixers": {"attention": {"num_heads": 4, "num_key_value_heads": 2}},
         },
         "data": {"sequence_length": 16, "batch_size": 8},
@@ -60,8 +60,7 @@ def run(config: Config, devices: int, batches) -> tuple[list[dict], dict]:
     return metrics, state
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("fsdp", [1, 4, 8])
+@pytest.mark.parametrize(("optimizer", "fsdp"), [("adamw", 8), ("muon", 4)])
 def test_eight_devices_give_the_losses_of_one(optimizer, fsdp):
     fields = {"optimizer": {"name": optimizer, "learning_rate": 1e-2, "ema_decay": 0.9}}
     batches = [make_batch(seed) for seed in range(3)]

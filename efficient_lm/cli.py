@@ -5,7 +5,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,7 +61,8 @@ def define_override_flag() -> Callable[[Config], Config]:
 
     Returns a function for use in `main`: the given Config with the overrides applied and checked.
     """
-    config_flags.DEFINE_config_dict("config", Config().to_config_dict(), "Fields to override.")
+    with _unknown_fields_named(sys.argv):  # this kind of flag reads its overrides at once
+        config_flags.DEFINE_config_dict("config", Config().to_config_dict(), "Fields to override.")
 
     def override(config: Config) -> Config:
         values = config_flags.get_override_values(flags.FLAGS["config"])
@@ -77,13 +79,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         name, equals, value = argument.lstrip("-").partition("=")
         if name == "config" and argument.startswith("-"):
             _check_config_file(value if equals else following)
-    try:
+    with _unknown_fields_named(argv):
         rest = _guarded(lambda: flags.FLAGS(argv))
-    except (AttributeError, KeyError) as error:
-        line = _unknown_field(error, argv)
-        if line is None:
-            raise
-        _fail(line, USAGE_EXIT_CODE)
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = (
             -1
@@ -91,6 +88,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; flags start with --", USAGE_EXIT_CODE)
     return rest
+
+
+@contextmanager
+def _unknown_fields_named(argv: Sequence[str]) -> Iterator[None]:
+    """Turn what ml_collections raises for a `--config.a.b` it does not know into a line."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        line = _unknown_field(error, argv)
+        if line is None:
+            raise
+        _fail(line, USAGE_EXIT_CODE)
 
 
 def _guarded(function: Callable):

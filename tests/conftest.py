@@ -25,3 +25,62 @@ def key():
 def rng():
     """A NumPy generator, the same in every run."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def save_run():
+    """save_run(directory, config, parts, steps=(1,)): a work directory as training leaves it.
+
+    `parts` maps "parameters" (and "average") to a function of the parameter's shape.
+    """
+    import json
+
+    from flax import nnx
+
+    from efficient_lm.data.tokenizers import ByteTokenizer
+    from efficient_lm.model.definition import define
+    from efficient_lm.training.checkpoint import Checkpointer
+
+    def save(directory, config, parts, steps=(1,)):
+        is_leaf = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+        parameters = define(config.model).parameters
+        ByteTokenizer().save(directory / "tokenizer")
+        (directory / "config.json").write_text(json.dumps(config.to_dict()))
+        with Checkpointer(directory, config.checkpointing) as checkpointer:
+            for step in steps:
+                state = {
+                    name: jax.tree.map(
+                        lambda leaf, draw=draw: np.asarray(draw(leaf.shape), np.float32),
+                        parameters,
+                        is_leaf=is_leaf,
+                    )
+                    for name, draw in parts.items()
+                }
+                checkpointer.save(
+                    step, state, iterator={}, config=config.to_dict(), metrics={}, wait=True
+                )
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def run_config():
+    """The config of a tiny run on text."""
+    from efficient_lm.config import Config
+
+    return Config.from_dict(
+        {
+            "model": {"embed_dim": 16, "num_layers": 2, "max_length": 64,
+                      "mixers": {"attention": {"num_heads": 2}}},
+            "data": {"sequence_length": 32, "batch_size": 4},
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory, save_run, run_config):
+    """A run of random weights; do not change it."""
+    directory = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    save_run(directory, run_config, {"parameters": lambda shape: 0.3 * rng.standard_normal(shape)})
+    return directory

@@ -1,8 +1,9 @@
 """A trained or converted model from its work directory."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.inference.model import Model
 from efficient_lm.model.definition import ModelDefinition, define
-from efficient_lm.training.checkpoint import open_for_reading
+from efficient_lm.training.checkpoint import CheckpointReader, open_for_reading
 
 
 def load(
@@ -48,22 +49,45 @@ def load(
       ConfigError: config.json or `dtype` is not valid.
     """
     workdir = Path(workdir)
+    saved = open_run(workdir, step=step, dtype=dtype, average=average)
+    definition = define(saved.config.model)
+    arrays = saved.restore(abstract_arrays(definition))
+    return Model.from_arrays(saved.config.model, arrays), saved.tokenizer(), saved.config
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A work directory with a checkpoint to read: `part` is "average" or "parameters"."""
+
+    workdir: Path
+    config: Config
+    reader: CheckpointReader
+    part: str
+    step: int | None
+
+    def restore(self, abstract: Any) -> dict[str, Any]:
+        """The parameters in the shapes, dtypes and shardings of `abstract`."""
+        return self.reader.restore_part(self.part, abstract, self.step)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the run; None for a checkpoint that was converted without one."""
+        directory = self.workdir / "tokenizer"
+        return load_tokenizer(directory) if directory.is_dir() else None
+
+
+def open_run(
+    workdir: Path, *, step: int | None, dtype: str | None, average: bool | None
+) -> SavedRun:
+    """What `load` reads from, arguments and errors as there; no array is read yet."""
     reader = open_for_reading(workdir)
     config = read_config(workdir)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype={dtype!r}; allowed: 'float32', 'bfloat16'")
         config = replace(config, model=replace(config.model, dtype=dtype))
-    saved = reader.parts(step)
     if average is None:
-        average = "average" in saved
-    part = "average" if average else "parameters"
-    definition = define(config.model)
-    arrays = reader.restore_part(part, abstract_arrays(definition), step)
-    tokenizer = None
-    if (workdir / "tokenizer").is_dir():
-        tokenizer = load_tokenizer(workdir / "tokenizer")
-    return Model.from_arrays(config.model, arrays), tokenizer, config
+        average = "average" in reader.parts(step)
+    return SavedRun(workdir, config, reader, "average" if average else "parameters", step)
 
 
 def read_config(workdir: Path) -> Config:

@@ -34,8 +34,11 @@ class Restored:
 class CheckpointReader:
     """The checkpoints of a run, read only; `open_for_reading` checks that there are any.
 
-    `warn` gets one line for each checkpoint that is passed over.
+    `warn` gets one line for each checkpoint that is passed over. `found_step` is the step of the
+    checkpoint that was chosen last, or None.
     """
+
+    found_step: int | None = None
 
     def __init__(self, workdir: str | Path, *, warn: Callable[[str], None] = logging.warning):
         self.directory = storage.local_path(workdir) / "checkpoints"
@@ -135,6 +138,7 @@ class CheckpointReader:
             if jax.process_index() != 0:
                 found = None if chosen < 0 else (chosen, manifest.read(self._path(chosen)))
                 reasons = ["process 0 tells why"] * failed
+        self.found_step = found[0] if found else None
         if found is None and reasons:
             raise CheckpointError(f"no good checkpoint in {self.directory}: " + "; ".join(reasons))
         return found

@@ -82,9 +82,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     with _unknown_fields_named(argv):
         rest = _guarded(lambda: flags.FLAGS(argv))
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = (
-            -1
-        )  # warnings; the default becomes what libraries tell of their work
+        # Warnings; the default would become what libraries tell of each of their own steps.
+        flags.FLAGS.verbosity = -1
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; flags start with --", USAGE_EXIT_CODE)
     return rest

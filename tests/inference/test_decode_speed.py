@@ -13,7 +13,7 @@ def test_the_experiment_runs_on_a_tiny_model(tmp_path):
         "import jax; jax.config.update('jax_platforms', 'cpu'); import runpy; "
         "runpy.run_path('experiments/decode_speed/run.py', run_name='__main__')"
     )
-    flags = ["--model=tiny", "--batch=1", "--context=64", "--chunks=1", "--roof_bytes=1000000"]
+    flags = ["--model=tiny", "--batch=2", "--context=64", "--chunks=1", "--roof_bytes=1000000"]
     done = subprocess.run(
         [sys.executable, "-c", program, *flags, f"--out={tmp_path}"],
         capture_output=True, text=True, cwd=ROOT,
@@ -26,5 +26,6 @@ def test_the_experiment_runs_on_a_tiny_model(tmp_path):
     layer = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 128
     norms = 4 * 64 * (2 * 2 + 1)
     assert row["weight_bytes"] == 2 * (2 * layer + 512 * 64) + norms
-    assert row["cache_bytes"] == 2 * (2 * 2 * 2 * 16 + 8) * 96
+    assert row["cache_bytes"] == 2 * 2 * (2 * 2 * 2 * 16 + 8) * 96
     assert row["tokens_per_second"] > 0 and row["fraction_of_read_roof"] > 0
+    assert not any("[2,2,128,16]" in line for line in row["large_copies"])  # [B, K, S, H]

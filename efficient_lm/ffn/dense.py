@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from efficient_lm.config import ModelConfig
 from efficient_lm.errors import ConfigError
 from efficient_lm.model.context import Context
+from efficient_lm.model.linear import linear
 from efficient_lm.model.parameter import cast, constant, matrix
 
 ACTIVATIONS = {
@@ -71,16 +72,16 @@ class Dense(nnx.Module):
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], dict]:
         """(y, auxiliary values)."""
-        hidden = x @ cast(self.up, self.dtype)
+        hidden = linear(x, cast(self.up, self.dtype))
         if self.options.bias:
             hidden = hidden + cast(self.up_bias, self.dtype)[None, None]
         activation = ACTIVATIONS[self.options.activation]
         if self.options.gated:
-            hidden = activation(x @ cast(self.gate, self.dtype)) * hidden
+            hidden = activation(linear(x, cast(self.gate, self.dtype))) * hidden
         else:
             hidden = activation(hidden)
         hidden = context.shard(hidden, "batch", "length", "ffn")
-        y = hidden @ cast(self.down, self.dtype)
+        y = linear(hidden, cast(self.down, self.dtype))
         if self.options.bias:
             y = y + cast(self.down_bias, self.dtype)[None, None]
         return context.shard(y, "batch", "length", "embed"), {}

@@ -1,0 +1,124 @@
+"""What the documents say is true: generated parts, links, commands, names, versions."""
+
+import importlib.util
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from docs import build, pictures, tables
+from efficient_lm import registry
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+EVERYTHING = "\n".join(TEXTS.values())
+
+
+def test_generated_parts_are_up_to_date():
+    assert build.readme(TEXTS["README.md"]) == TEXTS["README.md"], "run python -m docs.build"
+    assert pictures.outdated() == [], "run python -m docs.build"
+
+
+def test_every_block_and_picture_is_shown():
+    shown = {match[2] for match in build.MARKER.finditer(TEXTS["README.md"])}
+    assert shown == set(tables.BLOCKS)
+    files = sorted(path for path in pictures.FOLDER.iterdir())
+    assert files == sorted(pictures.PICTURES)
+    assert all(path.relative_to(ROOT).as_posix() in TEXTS["README.md"] for path in files)
+
+
+def test_an_unknown_block_is_refused_and_old_content_replaced():
+    with pytest.raises(ValueError, match="nonsense"):
+        build.readme("<!-- generated: nonsense -->\n<!-- end of nonsense -->")
+    old = "a\n<!-- generated: explanation -->\nold\n<!-- end of explanation -->\nb"
+    new = build.readme(old)
+    assert "old" not in new and new.startswith("a\n") and new.endswith("\nb")
+    assert build.readme(new) == new
+
+
+def test_missing_results_give_no_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "QUICKSTART", tmp_path / "none.json")
+    for name, block in tables.BLOCKS.items():
+        if name != "explanation":
+            assert block() == tables.NOT_MEASURED
+
+
+def test_losing_and_failed_rows_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    folder = tmp_path / "pallas_kernels/results"
+    folder.mkdir(parents=True)
+    same = '"op": "attention", "case": "odd", "pass": "forward"'
+    (folder / "x.json").write_text(
+        '{"environment": {"device": {"kind": "NVIDIA H200"}}, "rows": ['
+        f'{{{same}, "contestant": "ours:auto", "auto": "attention: xla; not cudnn: why",'
+        ' "milliseconds": 4.0, "relative_errors": [1e-3, 2e-3]},'
+        f'{{{same}, "contestant": "jax.nn:cudnn", "milliseconds": 1.0, "relative_errors": null}},'
+        f'{{{same}, "contestant": "jax.nn:xla", "error": "OOM"}},'
+        '{"op": "attention", "case": "large", "pass": null, "contestant": "ours:auto",'
+        ' "error": "ValueError: too | large"}]}'
+    )
+    lines = tables.kernels().splitlines()
+    assert "| xla | 4 | jax.nn:cudnn | 1 | 0.25x | 2.0e-03 |" in lines[2]
+    assert "failed: ValueError: too / large" in lines[3]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_relative_links_exist(name):
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[name])
+    missing = [link for link in links
+               if "://" not in link and not (ROOT / link.partition("#")[0]).exists()]  # fmt: skip
+    assert missing == []
+
+
+def test_commands_exist():
+    modules = set(re.findall(r"python -m ([\w.]+)", EVERYTHING))
+    assert {"efficient_lm.train", "efficient_lm.generate", "docs.build"} <= modules
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+    scripts = re.findall(r"python ((?:\w+/)+\w+\.py)", EVERYTHING)
+    configs = re.findall(r"--config=(configs/\w+\.py)", EVERYTHING)
+    assert [path for path in [*scripts, *configs] if not (ROOT / path).is_file()] == []
+
+
+def test_extras_exist():
+    extras = {
+        name for group in re.findall(r"'\.\[([\w,]+)\]'", EVERYTHING) for name in group.split(",")
+    }
+    assert extras and extras <= set(project()["optional-dependencies"])
+
+
+def test_the_table_of_methods_has_what_is_registered_and_no_more():
+    rows = re.findall(r"^\| (mixer|feed-forward|objective) \| (.*) \| (\w+) \|$",
+                      TEXTS["README.md"], re.MULTILINE)  # fmt: skip
+    kinds = {"mixer": registry.MIXERS, "feed-forward": registry.FEED_FORWARDS,
+             "objective": registry.OBJECTIVES}  # fmt: skip
+    for kind, known in kinds.items():
+        done = [text for row_kind, text, status in rows if (row_kind, status) == (kind, "done")]
+        assert set(re.findall(r"`(\w+)`", " ".join(done))) == set(known), kind
+
+
+def project() -> dict:
+    """The table `project` of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["title"].startswith("efficient_lm") and citation["authors"]
+    latest = re.search(r"^## (\d+\.\d+\.\d+)", TEXTS["CHANGELOG.md"], re.MULTILINE)[1]
+    assert str(citation["version"]) == latest == project()["version"]
+    assert citation["license"] == project()["license"]["text"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_the_ci_script_runs_the_test_line_of_the_readme():
+    script = (ROOT / ".ci/run").read_text()
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", ROOT / ".ci/run"], check=True)
+    pattern = re.search(r'grep -m1 -x "(.*)" README.md', script)[1]
+    lines = [line for line in TEXTS["README.md"].splitlines() if re.fullmatch(pattern, line)]
+    assert lines == ["pip install -e '.[test]' && pytest"]

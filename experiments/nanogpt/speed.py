@@ -36,7 +36,8 @@ VARIANTS = [
     ("B64 products, merged products", _B64 | _PRODUCTS, "--xla_gpu_dot_merger_threshold_mb=4096"),
     ("B32 products, chunk 2^24", {"objective.chunk_logits": 2**24} | _PRODUCTS, ""),
     ("B32 products, by vocabulary", {"objective.implementation": "xla_vocabulary"} | _PRODUCTS, ""),
-    ("B32 products, attention xla", {"model.mixers.attention.implementation": "xla"} | _PRODUCTS, ""),
+    ("B32 products, attention xla",
+     {"model.mixers.attention.implementation": "xla"} | _PRODUCTS, ""),
 ]  # fmt: skip
 PEER_BATCH_SIZES = (32, 16, 64)
 

@@ -152,6 +152,30 @@ display(HTML(f"<pre>{spans}</pre>"))
 print(f"{float(bits.mean()):.2f} bits per byte")
 
 # %% [markdown]
+# ## What context is worth
+#
+# The loss by place in the window: the first bytes must be guessed from almost nothing.
+
+# %%
+import itertools
+
+import numpy as np
+
+from efficient_lm.evaluation.run import evaluate_run
+
+metrics = evaluate_run(WORKDIR, limit=12)["metrics"]
+bits = np.array(metrics["position_loss"], float) / np.log(2)
+edges = 2 ** np.arange(9)  # places 1, 2-3, 4-7, ...
+means = [bits[a - 1 : b - 1].mean() for a, b in itertools.pairwise(edges)]
+plt.figure(figsize=(5.5, 3))
+plt.step(edges, [*means, means[-1]], where="post")
+plt.xscale("log", base=2)
+plt.ylim(bottom=0)
+plt.title("bits per byte")
+plt.xlabel("bytes of context")
+plt.show()
+
+# %% [markdown]
 # ## An honest table
 #
 # Prediction is compression, so a compressor is a fair judge. gzip sees each file of the validation

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from docs.tables import QUICKSTART, ROOT
 from efficient_lm import masks
@@ -161,9 +161,36 @@ def mask_algebra() -> Figure:
     return figure
 
 
+def surprise() -> Figure:
+    """A text that the quickstart model has not seen, each byte shaded by the bits it cost."""
+    if not QUICKSTART.exists():
+        return Figure(figsize=(1, 0.1))
+    found = json.loads(QUICKSTART.read_text())["surprise"]
+    lines = found["text"].splitlines(keepends=True)
+    bits = iter(found["bits"])
+    figure = Figure(figsize=(8.7, 0.21 * (len(lines) + 1.3)))
+    axes = figure.add_axes((0.01, 0.0, 0.98, 1.0))
+    axes.set(xlim=(0, 84), ylim=(len(lines), -1.3))
+    axes.axis("off")
+    shades = matplotlib.colors.LinearSegmentedColormap.from_list("bits", ["#ffffff", ORANGE])
+    for row, line in enumerate(lines):
+        for column, character in enumerate(line):
+            bit = next(bits)
+            axes.add_patch(Rectangle((column, row), 1, 1, color=shades(min(bit / 10, 1.0)), lw=0))
+            if character != "\n":
+                axes.text(column + 0.5, row + 0.54, character, ha="center", va="center",
+                          fontsize=11.5, **MONO)  # fmt: skip
+    for place in range(11):
+        axes.add_patch(Rectangle((66 + place, -0.7), 1, 0.5, color=shades(place / 10), lw=0))
+    axes.text(65.3, -0.45, "0", ha="right", va="center", fontsize=8)
+    axes.text(77.6, -0.45, "10 bits", va="center", fontsize=8)
+    return figure
+
+
 PICTURES: dict[Path, Callable[[], Figure]] = {
     FOLDER / "overview.svg": overview,
     FOLDER / "masks.svg": mask_algebra,
+    FOLDER / "surprise.svg": surprise,
 }
 
 

@@ -46,7 +46,7 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in code for output in cell.outputs]
     shown = [kind for output in outputs for kind in output.get("data", {})]
-    assert shown.count("image/png") == 2
+    assert shown.count("image/png") == 3
     printed = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
     assert "did you mean 'embed_dim'?" in printed
     assert "temperature 0.5" in printed and "bits per byte" in printed

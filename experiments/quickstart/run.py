@@ -13,12 +13,25 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+import efficient_lm
 from efficient_lm.training.manifest import versions
 from efficient_lm.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "python -m efficient_lm.train --config=configs/quickstart.py --workdir=runs/quickstart"
 CURVES = ("step", "split", "loss", "bits_per_byte", "tokens_per_second", "learning_rate")
+UNSEEN = '''
+def count_words(lines):
+    """Return a dictionary from each word to how often it occurs."""
+    counts = {}
+    for line in lines:
+        for word in line.split():
+            counts[word] = counts.get(word, 0) + 1
+    return counts
+'''
 SUMMARY = ("step", "valid", "parameters", "compile_seconds", "run_seconds", "skipped_updates")
 
 
@@ -37,6 +50,7 @@ def main() -> int:
             return code
         summary = json.loads((workdir / "summary.json").read_text())
         sample = json.loads((workdir / "samples.jsonl").read_text().splitlines()[-1])
+        surprise = bits_of_bytes(workdir, UNSEEN)
         metrics = [
             {key: round(row[key], 6) if isinstance(row[key], float) else row[key]
              for key in CURVES if key in row}
@@ -50,12 +64,22 @@ def main() -> int:
         "seconds": round(seconds, 1),
         "summary": {key: summary[key] for key in SUMMARY if key in summary},
         "sample": sample,
+        "surprise": {"text": UNSEEN[1:], "bits": surprise},
         "metrics": metrics,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {out}")
     return 0
+
+
+def bits_of_bytes(workdir: Path, text: str) -> list[float]:
+    """Minus log2 of the probability of each byte of `text` after the first."""
+    model, tokenizer, _ = efficient_lm.load(workdir)
+    ids = tokenizer.encode(text)
+    log_probabilities = jax.nn.log_softmax(model(ids[None, :-1]).logits[0])
+    bits = -log_probabilities[jnp.arange(len(ids) - 1), ids[1:]] / jnp.log(2.0)
+    return [round(float(value), 3) for value in bits]
 
 
 def processor() -> str:

@@ -24,18 +24,27 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -
     rows = [[str(cell) for cell in row] for row in rows]
     if not rows:
         return NOT_MEASURED
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError(f"a row has not the {len(header)} cells of the header {header}")
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), rule, *rows])
 
 
-def number(value: float | int | None, form: str = ",.3g", unit: str = "") -> str:
+def number(value: float | int | None, form: str, unit: str = "") -> str:
     """A formatted number with its unit; a dash for none."""
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
+def three_digits(value: float | int | None) -> str:
+    """Three significant digits, never an exponent: 0.0123, 4.50, 45.0, 12,345."""
+    if value is None or value >= 100:
+        return number(value, ",.0f")
+    return f"{value:#.3g}"
+
+
 def milliseconds(seconds: float | None) -> str:
-    """Seconds as milliseconds, three digits."""
-    return number(None if seconds is None else 1e3 * seconds, "#.3g").rstrip(".")
+    """Seconds as milliseconds."""
+    return three_digits(None if seconds is None else 1e3 * seconds)
 
 
 def source(result: dict[str, Any]) -> str:
@@ -47,6 +56,11 @@ def short(message: str, limit: int = 80) -> str:
     """One cell from an error message."""
     line = " ".join(message.replace("|", "/").split())
     return f"failed: {line if len(line) <= limit else line[: limit - 1] + '…'}"
+
+
+def device(result: dict[str, Any]) -> str:
+    """The device of an experiment, without the version of its driver."""
+    return result["device"].partition(",")[0]
 
 
 def versions(result: dict[str, Any]) -> str:
@@ -83,10 +97,8 @@ def quality() -> str:
         if result["arm"] not in ("cpu", "gpu"):
             continue
         for row in result["results"]:
-            start = [
-                result["arm"],
-                f"{row['what']}, {row['name']}" if "name" in row else row["what"],
-            ]
+            who = ", ".join(filter(None, [row["what"], row.get("name")]))
+            start = [device(result), result["arm"], who]
             if "valid_loss" not in row:
                 rows.append([*start, short(row["error"]), "", "", "", source(result)])
                 continue
@@ -96,12 +108,12 @@ def quality() -> str:
                     number(row["valid_loss"], ".4f"),
                     number(row.get("valid_loss_best"), ".4f"),
                     milliseconds(row.get("step_seconds")),
-                    number(row.get("seconds"), ".0f"),
+                    number(row.get("seconds"), ",.0f"),
                     source(result),
                 ]
             )
-    header = ["recipe", "who", "valid loss", "best", "ms a step", "s in all", "from"]
-    return table(header, rows, left=2)
+    header = ["device", "recipe", "who", "valid loss", "best", "ms a step", "s in all", "from"]
+    return table(header, rows, left=3)
 
 
 def training_speed() -> str:
@@ -110,9 +122,9 @@ def training_speed() -> str:
     for result in results("experiments/nanogpt/results/*.json"):
         if result["arm"] != "speed":
             continue
-        device = result["device"].partition(",")[0]
+        sheet = any(kind in result["device"] for kind in ("H100", "H200"))  # that of the formula
         for row in result["results"]:
-            start = [device, row["what"], row["name"]]
+            start = [device(result), row["what"], row["name"]]
             if "step_seconds" not in row:
                 rows.append([*start, short(row["error"]), "", "", "", source(result)])
                 continue
@@ -121,7 +133,7 @@ def training_speed() -> str:
                     *start,
                     milliseconds(row["step_seconds"]),
                     number(row.get("tokens_per_second"), ",.0f"),
-                    number(row.get("mfu_data_sheet"), ".1%"),
+                    number(row.get("mfu_data_sheet") if sheet else None, ".1%"),
                     number(row.get("mfu_measured"), ".1%"),
                     source(result),
                 ]
@@ -139,7 +151,7 @@ def decoding() -> str:
             result["model"]["name"],
             row["batch"],
             f"{row['context']:,}",
-            number(row["step_milliseconds"]),
+            three_digits(row["step_milliseconds"]),
             number(row["tokens_per_second"], ",.0f"),
             number(row["bytes_per_second"] / 1e9, ",.0f"),
             number(row["fraction_of_copy_roof"], ".0%"),
@@ -158,23 +170,23 @@ def kernels() -> str:
     """Each op beside its peers: what "auto" takes against the fastest of the others."""
     rows = []
     for result in results("pallas_kernels/results/*.json"):
-        device = result["environment"]["device"].get("kind", "?")
+        kind = result["environment"]["device"]["kind"]
         groups: dict[tuple, list[dict]] = {}
         for row in result["rows"]:
             groups.setdefault((row["op"], row["case"], row.get("pass")), []).append(row)
         for (op, case, label), members in groups.items():
-            rows += _contest(device, op, case, label, members, source(result))
+            rows += _contest(kind, op, case, label, members, source(result))
     header = ["device", "op", "case", "pass", "ours", "ms", "fastest peer", "ms",
               "peer / ours", "error", "from"]  # fmt: skip
     return table(header, rows, left=5)
 
 
-def _contest(device, op, case, label, members, link) -> list[list[str]]:
+def _contest(kind, op, case, label, members, link) -> list[list[str]]:
     """One row for a case and pass; none for a contestant that failed before any pass."""
     ours = next((m for m in members if m["contestant"] == "ours:auto"), None)
     if ours is None:
         return []
-    start = [device, op, case, (label or "-").replace("_", " + ")]
+    start = [kind, op, case, (label or "-").replace("_", " + ")]
     if "milliseconds" not in ours:
         return [[*start, "auto", short(ours["error"]), "", "", "", "", link]]
     chosen = ours.get("auto", ": auto").partition(": ")[2].partition(";")[0]
@@ -186,9 +198,9 @@ def _contest(device, op, case, label, members, link) -> list[list[str]]:
         [
             *start,
             chosen,
-            number(ours["milliseconds"]),
+            three_digits(ours["milliseconds"]),
             best["contestant"] if best else "-",
-            number(best["milliseconds"] if best else None),
+            three_digits(best["milliseconds"] if best else None),
             number(best["milliseconds"] / ours["milliseconds"] if best else None, ".2f", "x"),
             number(max(errors) if errors else None, ".1e"),
             link,

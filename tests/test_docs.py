@@ -63,8 +63,25 @@ def test_losing_and_failed_rows_are_shown(tmp_path, monkeypatch):
         ' "error": "ValueError: too | large"}]}'
     )
     lines = tables.kernels().splitlines()
-    assert "| xla | 4 | jax.nn:cudnn | 1 | 0.25x | 2.0e-03 |" in lines[2]
+    assert "| xla | 4.00 | jax.nn:cudnn | 1.00 | 0.25x | 2.0e-03 |" in lines[2]
     assert "failed: ValueError: too / large" in lines[3]
+    folder = tmp_path / "experiments/nanogpt/results"
+    folder.mkdir(parents=True)
+    (folder / "cpu.json").write_text(
+        '{"arm": "cpu", "device": "2 x CPU", "results": [{"what": "ours", "name": "seed 0",'
+        ' "valid_loss": 2.0, "step_seconds": 0.1234, "seconds": 1234.5},'
+        ' {"what": "nanoGPT", "error": "no torch"}]}'
+    )
+    lines = tables.quality().splitlines()
+    assert "| 2 x CPU | cpu | ours, seed 0 | 2.0000 | - | 123 | 1,234 |" in lines[2]
+    assert "| nanoGPT | failed: no torch |" in lines[3]
+    assert tables.training_speed() == tables.NOT_MEASURED
+
+
+def test_numbers_have_three_digits_and_no_exponent():
+    values = {0.01234: "0.0123", 4.5: "4.50", 99.94: "99.9", 123.4: "123", 12345.0: "12,345"}
+    assert {value: tables.three_digits(value) for value in values} == values
+    assert tables.milliseconds(None) == "-"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

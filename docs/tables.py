@@ -1,12 +1,15 @@
 """Blocks of README.md made from committed results; a file that is missing gives no rows."""
 
+import ast
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "experiments/quickstart/results/cpu.json"
+CONFIG_FIELDS = ("Device", "Expected time", "Expected metric")
 NOT_MEASURED = "_Not measured yet._"
 
 
@@ -208,6 +211,19 @@ def _contest(kind, op, case, label, members, link) -> list[list[str]]:
     ]
 
 
+def configs() -> str:
+    """The configs, from their docstrings."""
+    rows = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        found = re.findall(r"^([A-Z][a-z ]+): (.*(?:\n(?![A-Z][a-z ]+: ).+)*)", text, re.MULTILINE)
+        fields = {name: " ".join(value.split()).rstrip(".") for name, value in found}
+        start = [f"[{path.stem}](configs/{path.name})", text.partition("\n")[0].rstrip(".")]
+        rows.append([*start, *(fields[name] for name in CONFIG_FIELDS)])
+    header = ["config", "what", *(name.lower() for name in CONFIG_FIELDS)]
+    return table(header, rows, left=len(header))
+
+
 def explanation() -> str:
     """What `explain` says on a CPU."""
     import jax
@@ -228,5 +244,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "training_speed": training_speed,
     "decoding": decoding,
     "kernels": kernels,
+    "configs": configs,
     "explanation": explanation,
 }

@@ -129,6 +129,9 @@ def test_versions_agree():
     latest = re.search(r"^## (\d+\.\d+\.\d+)", TEXTS["CHANGELOG.md"], re.MULTILINE)[1]
     assert str(citation["version"]) == latest == project()["version"]
     assert citation["license"] == project()["license"]["text"] == "Apache-2.0"
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    revision = next(repo["rev"] for repo in hooks if "ruff" in repo["repo"]).lstrip("v")
+    assert any(f"ruff>={revision}" in name for name in project()["optional-dependencies"]["test"])
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 

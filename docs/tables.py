@@ -79,7 +79,7 @@ def quickstart() -> str:
     result = json.loads(QUICKSTART.read_text())
     summary = result["summary"]
     load = result["load_at_end"]
-    busy = f", with a load of {load:.0f} from other work" if load > 4 else ""
+    busy = f" that had other work too (load {load:.0f})" if load > 4 else ""
     return "\n".join(
         [
             f"{summary['parameters']:,} parameters, {summary['step']} steps, "

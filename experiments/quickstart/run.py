@@ -59,7 +59,7 @@ def main() -> int:
     result = {
         "command": COMMAND,
         "device": f"{len(os.sched_getaffinity(0))} x {processor()}",
-        "load_at_end": round(os.getloadavg()[1], 1),  # other work on the machine slows a run down
+        "load_at_end": round(os.getloadavg()[1], 1),  # above the cores: other work slowed it down
         "versions": versions() | {"python": platform.python_version()},
         "seconds": round(seconds, 1),
         "summary": {key: summary[key] for key in SUMMARY if key in summary},

@@ -47,8 +47,13 @@ def define(config: ModelConfig, *, scan: bool | None = None) -> ModelDefinition:
 
 
 def initialize(definition: ModelDefinition, key: jax.Array) -> dict[str, Any]:
-    """Freshly drawn arrays; run it under jit with `out_shardings` to draw them in place."""
-    return arrays_of(LanguageModel(definition.config, nnx.Rngs(key), scan=_scans(definition)))
+    """Freshly drawn arrays; run it under jit with `out_shardings` to draw them in place.
+
+    The same with and without scanned layers: a program that draws every layer by itself would
+    take GPUs minutes to compile.
+    """
+    arrays = arrays_of(LanguageModel(definition.config, nnx.Rngs(key)))
+    return arrays if _scans(definition) else unstack(arrays)
 
 
 def arrays_of(model: LanguageModel) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def run(result: Record, arguments) -> None:
             for seed in range(arguments.seeds)]  # fmt: skip
     if arguments.sweep:
         plan = GPU_VARIANTS
+    given = dict(change.split("=", 1) for change in arguments.change)
+    plan = [(name, changes | given) for name, changes in plan]
     for index, (name, changes) in enumerate(plan):
         if index == 1 and arguments.peer is not None:
             run_peer(result, arguments)

@@ -18,6 +18,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="runs of ours, seeds 0, 1, ...")
     parser.add_argument("--sweep", action="store_true", help="gpu: several variants, seed 0")
     parser.add_argument("--seconds", type=float, default=280.0, help="start nothing new after")
+    parser.add_argument(
+        "--change", action="append", default=[], metavar="FIELD=VALUE",
+        help="cpu, gpu: a field of the config, such as model.dropout=0.3; repeatable",
+    )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: does the code run?")
     arguments = parser.parse_args()
     if arguments.arm != "speed" and arguments.data is None:

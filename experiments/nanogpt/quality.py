@@ -22,7 +22,7 @@ PEER_FLAGS = {
     "gpu": {},
 }  # fmt: skip
 SMOKE = {
-    "model.embed_dim": 32, "model.num_layers": 1, "model.ffns.dense.hidden_dim": 32,
+    "model.embed_dim": 48, "model.num_layers": 1, "model.ffns.dense.hidden_dim": 32,
     "model.max_length": 32, "data.sequence_length": 32, "data.batch_size": 4,
     "training.steps": 20, "training.sample_tokens": 0,
 }  # fmt: skip

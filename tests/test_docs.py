@@ -1,7 +1,9 @@
 """What the documents say is true: generated parts, links, commands, names, versions."""
 
 import importlib.util
+import json
 import re
+import runpy
 import subprocess
 import tomllib
 from pathlib import Path
@@ -21,6 +23,14 @@ EVERYTHING = "\n".join(TEXTS.values())
 def test_generated_parts_are_up_to_date():
     assert build.readme(TEXTS["README.md"]) == TEXTS["README.md"], "run python -m docs.build"
     assert pictures.outdated() == [], "run python -m docs.build"
+
+
+def test_the_quickstart_shown_is_that_of_the_config():
+    result = json.loads(tables.QUICKSTART.read_text())
+    config = runpy.run_path(str(ROOT / "configs/quickstart.py"))["get_config"]()
+    assert result["summary"]["step"] == config.training.steps, (
+        "run python experiments/quickstart/run.py, then python -m docs.build"
+    )
 
 
 def test_every_block_and_picture_is_shown():

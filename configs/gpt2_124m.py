@@ -10,7 +10,8 @@ Write the shards with `python -m efficient_lm.data.write_shards --tokenizer=GPT2
 Paper: https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
 Command: python -m efficient_lm.train --config=configs/gpt2_124m.py:muon --workdir=runs/gpt2_124m
 Device: one GPU of 80 GB.
-Expected time: not measured here.
+Expected time: 0.123 s for 65,536 tokens on one H200 with AdamW (experiments/nanogpt); the whole
+run is not measured here.
 Expected metric: not measured here.
 """
 
@@ -55,6 +56,7 @@ def get_config(argument="muon"):
             mixers={"attention": {"num_heads": 12}},
             ffns={"dense": {"hidden_dim": 3072, "activation": "gelu"}},
             dtype="bfloat16",
+            scan_layers=False,  # faster steps; 12 layers still compile in 13 s
         ),
         data=DataConfig(
             source="tokens",
@@ -63,8 +65,9 @@ def get_config(argument="muon"):
             tokenizer="data/gpt2/tokenizer",
             sequence_length=1024,
             batch_size=512,  # 0.5M tokens
+            mask_across_documents=False,  # as nanoGPT; without segments attention is faster
         ),
-        objective=ObjectiveConfig(chunk_logits=2**27),
+        objective=ObjectiveConfig(chunk_logits=2**30),
         optimizer=optimizer,
         training=TrainingConfig(steps=10_000),
         checkpointing=CheckpointingConfig(every=1000),

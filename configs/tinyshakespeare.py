@@ -11,7 +11,7 @@ Command: python -m efficient_lm.train --config=configs/tinyshakespeare.py:cpu --
 Device: cpu: 2 cores; gpu: one H100 or H200.
 Expected time: cpu: 3 minutes; gpu: 2 minutes.
 Expected metric: valid loss in nats a character; cpu: at most 1.65 at the end (nanoGPT: 1.89);
-gpu: at most 1.45 at its best (nanoGPT: 1.4697).
+gpu: 1.453 +- 0.01 at its best, after 500 steps (nanoGPT: 1.4697).
 """
 
 from efficient_lm.config import (
@@ -66,8 +66,8 @@ CPU = Config(
     evaluation=EvaluationConfig(every=500, batches=5, batch_size=48),
 )
 
-# One epoch is 61 steps, so this recipe overfits: strong dropout and weight decay, and the
-# evaluated weights are an average. The best checkpoint by validation is kept, as nanoGPT does.
+# One epoch is 61 steps, so this recipe overfits: dropout, weight decay, and the evaluated weights
+# are an average. The best checkpoint by validation is kept, as nanoGPT does.
 GPU = Config(
     model=ModelConfig(
         vocabulary_size=VOCABULARY,
@@ -76,7 +76,7 @@ GPU = Config(
         max_length=256,
         mixers={"attention": {"num_heads": 6, "qk_norm": True}},
         ffns={"dense": {"activation": "swiglu", "hidden_dim": 1024}},
-        dropout=0.4,
+        dropout=0.2,
         dtype="bfloat16",
     ),
     data=_data(256, 64),

@@ -256,7 +256,9 @@ def _encode(model: Model, tokenizer: Any, prompt: Any, index: int) -> np.ndarray
         ids = ids.astype(np.int32)
     if ids.size == 0:
         end = tokenizer.end_of_text
-        ids = np.asarray(tokenizer.encode("\n") if end is None else [end], np.int32)
+        start = tokenizer.encode("\n") if end is None else [end]
+        # The numbers of a synthetic task have no newline.
+        ids = np.asarray(start if len(start) else [0], np.int32)
     size, room = model.config.vocabulary_size, model.config.max_length
     if len(ids) >= room:
         raise UserError(

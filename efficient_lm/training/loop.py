@@ -18,10 +18,10 @@ from efficient_lm.data.pipeline import make_evaluation_batches
 from efficient_lm.data.prefetch import prefetch_to_device
 from efficient_lm.errors import CheckpointError, NonFiniteError
 from efficient_lm.parallel.rules import batch_sharding
-from efficient_lm.training.metrics import MetricsWriter
+from efficient_lm.training.metrics import MetricsWriter, read_metrics
 from efficient_lm.training.progress import Progress
 from efficient_lm.training.setup import Run, set_up
-from efficient_lm.training.speed import Speed, peak_memory_bytes
+from efficient_lm.training.speed import Speed, device_memory_bytes, peak_memory_bytes
 from efficient_lm.training.state import TrainState
 from efficient_lm.training.step import place_batch
 
@@ -74,9 +74,13 @@ class _Loop:
                 first = next(self.batches)
                 step = self._compile(first)
                 self._train(step, first, received)
-            if self.evaluation is None or self.evaluation[0] != max(total, start):
-                self._evaluate(max(total, start), None)
-            self._save(max(total, start), wait=True)
+            last = max(total, start)
+            known = [row for row in read_metrics(self.run.workdir, "valid") if row["step"] == last]
+            if start >= total and known:  # a finished run that is started again
+                self.evaluation = (last, known[-1])
+            else:
+                self._evaluate(last, None)
+            self._save(last, wait=True)
         return self._summarize()
 
     def _train(self, step, batch, received: list[int]) -> None:
@@ -234,6 +238,7 @@ class _Loop:
             "parameters": self.run.definition.count(),
             "device": device.device_kind,
             "devices": self.run.mesh.size,
+            "device_memory_bytes": device_memory_bytes(device),
             "jax": jax.__version__,
             "command": sys.argv,
             "skipped_updates": self.skipped,

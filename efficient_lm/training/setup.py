@@ -1,7 +1,11 @@
 """What a run needs before its first step: data, mesh, compiled functions, first or saved state."""
 
 import json
-from collections.abc import Callable
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +70,14 @@ def set_up(config: Config, workdir: Path) -> Run:
     optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
     initial = make_initializer(config, definition, optimizer)
     abstract = abstract_state(initial, definition, mesh)
-    checkpointer = Checkpointer(workdir, config.checkpointing)
+    checkpointer = Checkpointer(workdir, config.checkpointing, warn=_warn)
     restored = checkpointer.restore(abstract.as_dict())
     if restored is None:
         state, start = jax.jit(initial, out_shardings=_shardings(abstract))(), 0
     else:
         state, start = TrainState.from_dict(restored.state), restored.step
         iterator.set_state(restored.iterator)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    _write_config(config, workdir)
     arguments = (config, definition)
     lengths = np.asarray(tokenizer.byte_lengths)
     return Run(
@@ -96,12 +100,8 @@ def _shardings(abstract: Any) -> Any:
 
 
 def _make_directory(workdir: Path) -> None:
-    try:
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot make the work directory {workdir}: {error.strerror}; choose another --workdir"
-        ) from None
 
 
 def _tokenizer(config: Config, workdir: Path) -> Tokenizer:
@@ -110,5 +110,33 @@ def _tokenizer(config: Config, workdir: Path) -> Tokenizer:
     if directory.exists():
         return load_tokenizer(directory)
     tokenizer = make_tokenizer(config.data)
-    tokenizer.save(directory)
+    partial = workdir / "tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with _writing(workdir):
+        tokenizer.save(partial)
+        os.replace(partial, directory)
     return tokenizer
+
+
+def _write_config(config: Config, workdir: Path) -> None:
+    """config.json, whole at any moment."""
+    partial = workdir / "config.json.partial"
+    with _writing(workdir):
+        partial.write_text(json.dumps(config.to_dict(), indent=2))
+        os.replace(partial, workdir / "config.json")
+
+
+@contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    """Failures of the file system as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to the work directory {workdir}: {error.strerror}; "
+            "free some space or choose another --workdir"
+        ) from None
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)

@@ -8,7 +8,6 @@ copies and reads at best, measured here, and with its data sheet.
 import json
 import math
 import re
-import statistics
 import sys
 import time
 from datetime import date
@@ -29,6 +28,7 @@ from efficient_lm.inference.model import Model
 from efficient_lm.inference.sampling import Sampling
 from efficient_lm.model.definition import define
 from efficient_lm.training.manifest import versions
+from pallas_kernels._core import timing
 
 # Bytes a second by the vendors' data sheets.
 DATA_SHEET = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8.0e12}
@@ -106,24 +106,13 @@ class NoText:
         return ""
 
 
-def seconds_of(function, repeats: int) -> float:
-    """Median seconds of function(), which returns arrays, after one call to warm up."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def bandwidth_roofs(size: int) -> dict[str, float]:
-    """Bytes a second of copying an array of `size` bytes (read + write) and of reading it."""
+    """Bytes a second of a large copy (read + write) and of reading an array of `size` bytes."""
     x = jnp.ones((size // 2,), jnp.bfloat16)
-    copy, read = jax.jit(lambda x: x + 1), jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+    read = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
     return {
-        "copy": 2 * size / seconds_of(lambda: copy(x), 10),
-        "read": size / seconds_of(lambda: read(x), 10),
+        "copy": 1e9 * timing.measure_roofs().copy_gb_per_second,
+        "read": 1e3 * size / timing.measure(read, x).minimum,
     }
 
 

@@ -65,6 +65,10 @@ TABLE = (
         advice=(
             Condition(f"more than {DECODING} queries", lambda f: f.T > DECODING),
             Condition(
+                "even lengths, without which it has no backward pass",
+                lambda f: f.T % 2 == 0 and f.S % 2 == 0,
+            ),
+            Condition(
                 "a dense mask of at most 1 GiB, unless it is causal, a causal window or full",
                 lambda f: is_plain(f.static_term) or 2 * f.B * f.T * f.S <= BIAS_BYTES,
             ),

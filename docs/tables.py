@@ -93,13 +93,18 @@ def quickstart() -> str:
     )
 
 
+def attempted(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of what was started: failures stay, what found no time left is no result."""
+    return [row for row in result["results"] if row.get("error") != "no time left"]
+
+
 def quality() -> str:
     """Validation loss at nanoGPT's budgets."""
     rows = []
     for result in results("experiments/nanogpt/results/*.json"):
         if result["arm"] not in ("cpu", "gpu"):
             continue
-        for row in result["results"]:
+        for row in attempted(result):
             who = ", ".join(filter(None, [row["what"], row.get("name")]))
             start = [device(result), result["arm"], who]
             if "valid_loss" not in row:
@@ -126,7 +131,7 @@ def training_speed() -> str:
         if result["arm"] != "speed":
             continue
         sheet = any(kind in result["device"] for kind in ("H100", "H200"))  # that of the formula
-        for row in result["results"]:
+        for row in attempted(result):
             start = [device(result), row["what"], row["name"]]
             if "step_seconds" not in row:
                 rows.append([*start, short(row["error"]), "", "", "", source(result)])

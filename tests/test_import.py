@@ -23,7 +23,7 @@ LAYERS = (
     ("foundation", ("masks", "config", "fields", "registry", "errors")),
 )  # fmt: skip
 # What a mixer needs of the model package, which holds the layers and is built of them.
-SHARED_WITH_LAYERS = {"context", "norm", "parameter", "rope"}
+SHARED_WITH_LAYERS = {"context", "linear", "norm", "parameter", "rope"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

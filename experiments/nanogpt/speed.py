@@ -56,7 +56,7 @@ def run(result: Record, arguments) -> None:
             variant["flags"] = ""
             variant["config"]["model"]["mixers"]["attention"]["implementation"] = "auto"
             variant["config"]["model"]["dtype"] = "float32"
-        variants, peer_batch_sizes = [variants[1], variants[2], variants[3]], (2,)
+        variants, peer_batch_sizes = [variants[1], variants[2]], (2,)
     deadline = result.elapsed() + arguments.seconds
     dtype = variants[0]["config"]["model"]["dtype"]
     result.values["shape"] = shape

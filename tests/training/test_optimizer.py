@@ -13,6 +13,7 @@ from efficient_lm.config import OptimizerConfig, ScheduleConfig
 from efficient_lm.training.optimizer import (
     learning_rate,
     make_optimizer,
+    parameter_groups,
     update_ema,
 )
 

@@ -169,16 +169,22 @@ class Attention(nnx.Module):
             mask = mask & masks.SlidingWindow(self.options.window)
         if segments is not None:
             mask = mask & masks.Segments(segments, key_segments)
-        attended = pallas_kernels.attention(
-            projected["query"],
-            key.astype(projected["query"].dtype),
-            value.astype(projected["query"].dtype),
-            mask=mask.lower(query_index=query_index, key_index=key_index),
-            scale=self.options.scale,
-            soft_cap=self.options.soft_cap,
-            sinks=self.sink[...] if self.options.sink else None,
-            implementation=self.options.implementation,
-        )
+
+        def attend(query, key, value, mask, sinks):
+            return pallas_kernels.attention(
+                query,
+                key.astype(query.dtype),
+                value.astype(query.dtype),
+                mask=mask,
+                scale=self.options.scale,
+                soft_cap=self.options.soft_cap,
+                sinks=sinks,
+                implementation=self.options.implementation,
+            )
+
+        mask = mask.lower(query_index=query_index, key_index=key_index)
+        sinks = self.sink[...] if self.options.sink else None
+        attended = context.per_shard(attend, (projected["query"], key, value, mask), (sinks,))
         return attended, state, {}
 
     def output(

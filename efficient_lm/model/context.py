@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from jaxtyping import Array, Int
@@ -15,6 +16,11 @@ def no_sharding(x: Array, *axes: str | None) -> Array:
     return x
 
 
+def unsplit(function: Callable, batched: tuple, shared: tuple) -> Any:
+    """The default of `per_shard`: one call for the whole batch."""
+    return function(*batched, *shared)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
@@ -26,6 +32,8 @@ class Context:
     mask: which tokens may see which, before a layer's own window and the segments.
     fresh: the decode state is known to be empty, so tokens need only look at each other.
     shard: (array, logical axis names...) -> array, from `parallel`; mixers name no mesh axis.
+    per_shard: (function, batched, shared) -> function(*batched, *shared) on each device's rows of
+      `batched`, from `parallel`; for kernels, which the compiler cannot split.
     """
 
     positions: Int[Array, "B T"]
@@ -34,3 +42,4 @@ class Context:
     mask: masks.MaskExpression = field(default_factory=masks.Causal)
     fresh: bool = field(default=False, metadata={"static": True})
     shard: Callable = field(default=no_sharding, metadata={"static": True})
+    per_shard: Callable = field(default=unsplit, metadata={"static": True})

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from efficient_lm import masks
 from efficient_lm.config import ModelConfig
 from efficient_lm.model.block import dropout
-from efficient_lm.model.context import Context, no_sharding
+from efficient_lm.model.context import Context, no_sharding, unsplit
 from efficient_lm.model.norm import RMSNorm
 from efficient_lm.model.parameter import parameter
 from efficient_lm.model.stack import Stack
@@ -41,6 +41,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, scan: bool = True):
         self.config = config
         self.shard = no_sharding
+        self.per_shard = unsplit
         shape, axes = (config.vocabulary_size, config.embed_dim), ("vocabulary", "embed")
 
         def table():
@@ -96,6 +97,7 @@ class LanguageModel(nnx.Module):
             mask=masks.Causal() if mask is None else mask,
             fresh=fresh,
             shard=self.shard,
+            per_shard=self.per_shard,
         )
         dtype = jnp.dtype(self.config.dtype)
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from efficient_lm import registry
 from efficient_lm.config import Config
 from efficient_lm.model.definition import ModelDefinition
-from efficient_lm.parallel.rules import activation_sharder, batch_sharding
+from efficient_lm.parallel.rules import activation_sharder, batch_sharding, row_splitter
 from efficient_lm.training.optimizer import learning_rate, update_ema
 from efficient_lm.training.state import SUMS, TrainState
 
@@ -41,6 +41,7 @@ def make_loss(
         model = definition.bind(parameters)
         if mesh.size > 1:
             model.shard = activation_sharder(mesh)
+            model.per_shard = row_splitter(mesh)
         seen = {n: x for n, x in batch.items() if not (one_segment and n == "segment_ids")}
         value, metrics = objective(model, seen, key)
         label_bytes = jnp.take(jnp.asarray(table), batch["labels"])

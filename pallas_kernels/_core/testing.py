@@ -64,7 +64,7 @@ def compile_for_tpu(topology: str, function: Callable, *shapes, **keywords):
     shapes: pytrees of jax.ShapeDtypeStruct. Real Mosaic compilation: kernels that exceed VMEM
     fail here. "auto" dispatch inside sees the TPU. Returns the jax.stages.Compiled.
     """
-    mesh = compat.tpu_mesh(topology)
+    mesh = jax.sharding.Mesh(np.array(compat.tpu_devices(topology)[:1]), ("device",))
     one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=one), shapes

@@ -62,13 +62,20 @@ def run(config: Config, devices: int, batches) -> tuple[list[dict], dict]:
 
 @pytest.mark.parametrize(("optimizer", "fsdp"), [("adamw", 8), ("muon", 4)])
 def test_eight_devices_give_the_losses_of_one(optimizer, fsdp):
-    fields = {"optimizer": {"name": optimizer, "learning_rate": 1e-2, "ema_decay": 0.9}}
+    attention = {"num_heads": 4, "num_key_value_heads": 2, "sink": True}
+    fields = {
+        "model": make_config().to_dict()["model"] | {"mixers": {"attention": attention}},
+        "optimizer": {"name": optimizer, "learning_rate": 1e-2, "ema_decay": 0.9},
+    }
     batches = [make_batch(seed) for seed in range(3)]
-    one, _ = run(make_config(**fields), 1, batches)
+    one, expected = run(make_config(**fields), 1, batches)
     many, state = run(make_config(**fields, parallel={"fsdp": fsdp}), 8, batches)
     for a, b in zip(one, many, strict=True):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    sink = state.parameters["stack"]["period"]["0"]["mixer"]["sink"]
+    np.testing.assert_allclose(sink, expected.parameters["stack"]["period"]["0"]["mixer"]["sink"],
+                               rtol=1e-3, atol=1e-6)  # fmt: skip
     matrix = state.parameters["stack"]["period"]["0"]["mixer"]["query"]
     assert matrix.addressable_shards[0].data.shape[1] == 32 // fsdp
     moments = [x for x in jax.tree.leaves(state.optimizer) if x.shape == matrix.shape]

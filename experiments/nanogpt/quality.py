@@ -34,12 +34,12 @@ PEER_SMOKE = {"n_embd": 32, "n_layer": 1, "block_size": 32, "batch_size": 4, "ma
 _ADAMW = {"optimizer.name": "adamw", "optimizer.learning_rate": 1e-3, "optimizer.b2": 0.99}
 GPU_VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("config", {}),
-    ("dropout 0.2, as nanoGPT", {"model.dropout": 0.2}),
-    ("AdamW, dropout 0.2", _ADAMW | {"model.dropout": 0.2, "optimizer.weight_decay": 0.1}),
+    ("dropout 0.1", {"model.dropout": 0.1}),
+    ("dropout 0.15", {"model.dropout": 0.15}),
+    ("AdamW", _ADAMW | {"optimizer.weight_decay": 0.1}),
     ("AdamW, weight decay 1", _ADAMW | {"optimizer.weight_decay": 1.0}),
     ("weight decay 0.1", {"optimizer.weight_decay": 0.1}),
     ("weight decay 1.5", {"optimizer.weight_decay": 1.5}),
-    ("dropout 0.5", {"model.dropout": 0.5}),
     ("learning rate 1e-3", {"optimizer.learning_rate": 1e-3}),
     ("wsd", {"optimizer.schedule.name": "wsd", "optimizer.schedule.decay_fraction": 0.7}),
     ("EMA 0.9995", {"optimizer.ema_decay": 0.9995}),

@@ -144,7 +144,8 @@ def test_the_model_is_in_memory_once(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 1.4 * size
+    # Once, and what the writing threads hold of single arrays; a second copy would make it 2.
+    assert peak < 1.8 * size
 
 
 def test_missing_work_directories(tmp_path):

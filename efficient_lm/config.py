@@ -166,12 +166,27 @@ class EvaluationConfig:
     stride: int | None = None  # tokens scored a window; None: sequence_length (no sliding)
 
 
+# The mesh axes, the outermost (slowest links) first.
+MESH_AXES = ("dcn", "data", "fsdp", "expert", "ring", "sequence", "tensor")
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Mesh axis sizes; -1 takes the devices that the others leave."""
+    """Sizes of the mesh axes, the outermost first; -1 takes the devices that the others leave.
 
+    Rows of a batch are split over dcn, data and fsdp, tokens of a row over ring and sequence,
+    heads and features over tensor.
+    """
+
+    dcn: int = 1  # slices or hosts with slow links between them
     data: int = -1
-    fsdp: int = 1
+    fsdp: int = 1  # parameters are split too, and gathered layer by layer
+    expert: int = 1  # reserved for mixture-of-experts
+    ring: int = 1  # ring attention: keys and values travel from device to device
+    sequence: int = 1  # Ulysses: tokens are exchanged for heads around each mixer
+    tensor: int = 1
+    heads_at_once: int | None = None  # UPipe: query heads exchanged at once; None: all (Ulysses)
+    rules: Literal["fsdp", "replicated", "megatron"] = "fsdp"  # presets of parallel/rules.py
 
 
 @dataclass(frozen=True)
@@ -277,6 +292,7 @@ RANGES = (
         "optimizer.accumulation_steps", "optimizer.muon_steps", "training.steps",
         "training.log_every", "training.max_nonfinite_steps", "checkpointing.every",
         "checkpointing.keep_last", "evaluation.batches", "evaluation.batch_size",
+        "parallel.heads_at_once",
     )),
     ("at least 0", lambda x: x >= 0, (
         "model.norm_epsilon", "model.initializer_scale", "data.prefetch", "objective.z_loss",
@@ -321,15 +337,20 @@ def check(config: Config) -> None:
         f"config.data.batch_size={data.batch_size} is not divisible by "
         f"config.optimizer.accumulation_steps={optimizer.accumulation_steps}",
     )
-    for name in ("data", "fsdp"):
-        size = getattr(config.parallel, name)
+    sizes = {axis: getattr(config.parallel, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
         require(
             size == -1 or size >= 1,
-            f"config.parallel.{name}={size}; allowed: -1 (the remaining devices) or at least 1",
+            f"config.parallel.{axis}={size}; allowed: -1 (the remaining devices) or at least 1",
         )
+    rest = [axis for axis, size in sizes.items() if size == -1]
     require(
-        (config.parallel.data, config.parallel.fsdp) != (-1, -1),
-        "config.parallel.data and config.parallel.fsdp are both -1; only one can take the rest",
+        len(rest) <= 1,
+        f"config.parallel: {' and '.join(rest)} are -1; only one can take the rest",
+    )
+    require(
+        sizes["expert"] == 1,
+        f"config.parallel.expert={sizes['expert']}; the axis is reserved and must be 1",
     )
     stride = config.evaluation.stride
     require(

@@ -1,21 +1,45 @@
 """Which mesh axes a logical axis is split over, as data, and the shardings that follow."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Fully sharded data parallelism: every matrix is split along the model width, and gathered
-# layer by layer inside the scan; a batch is split over both axes.
-PARAMETER_RULES: dict[str, tuple[str, ...]] = {"embed": ("fsdp",)}
-ACTIVATION_RULES: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp")}
+ROWS = ("dcn", "data", "fsdp")  # the mesh axes that split the rows of a batch
+TOKENS = ("ring", "sequence")  # and the tokens of a row
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Mesh axes by logical axis, for parameters and for activations."""
+
+    parameters: Mapping[str, tuple[str, ...]]
+    activations: Mapping[str, tuple[str, ...]]
+
+
+_TENSOR = {axis: ("tensor",) for axis in ("heads", "key_value_heads", "ffn", "vocabulary")}
+_ACTIVATIONS = _TENSOR | {"batch": ROWS, "length": TOKENS, "residual_length": TOKENS}
+
+PRESETS = {
+    # Every matrix is split along the model width over all devices that see other tokens of a
+    # slice, and gathered layer by layer inside the scan (ZeRO-3, arXiv 1910.02054).
+    "fsdp": Rules(_TENSOR | {"embed": ("fsdp", *TOKENS)}, _ACTIVATIONS),
+    # Parameters whole on each device, but for tensor parallelism.
+    "replicated": Rules(_TENSOR, _ACTIVATIONS),
+    # As fsdp; between layers, tokens are split over the tensor axis too (arXiv 2205.05198).
+    "megatron": Rules(
+        _TENSOR | {"embed": ("fsdp", *TOKENS)},
+        _ACTIVATIONS | {"residual_length": (*TOKENS, "tensor")},
+    ),
+}
 
 
 def partition_spec(
-    rules: dict[str, tuple[str, ...]],
+    rules: Mapping[str, tuple[str, ...]],
     mesh: Mesh,
     axes: Sequence[str | None],
     shape: Sequence[int],
@@ -36,11 +60,11 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def parameter_shardings(mesh: Mesh, parameters: Any) -> Any:
+def parameter_shardings(mesh: Mesh, parameters: Any, preset: str = "fsdp") -> Any:
     """Shardings for a tree of nnx.Param that carry `axes`, in the same structure."""
     return jax.tree.map(
         lambda leaf: NamedSharding(
-            mesh, partition_spec(PARAMETER_RULES, mesh, leaf.axes, leaf.shape)
+            mesh, partition_spec(PRESETS[preset].parameters, mesh, leaf.axes, leaf.shape)
         ),
         parameters,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
@@ -48,15 +72,15 @@ def parameter_shardings(mesh: Mesh, parameters: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of the rows of a batch."""
-    return NamedSharding(mesh, PartitionSpec(ACTIVATION_RULES["batch"]))
+    """Sharding of a batch, [B, T]."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, TOKENS))
 
 
-def activation_sharder(mesh: Mesh) -> Callable[..., jax.Array]:
+def activation_sharder(mesh: Mesh, preset: str = "fsdp") -> Callable[..., jax.Array]:
     """The function that models call as `shard(x, *logical_axes)`."""
 
     def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-        spec = partition_spec(ACTIVATION_RULES, mesh, axes, x.shape)
+        spec = partition_spec(PRESETS[preset].activations, mesh, axes, x.shape)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return shard
@@ -69,7 +93,7 @@ def row_splitter(mesh: Mesh) -> Callable[..., Any]:
     all rows) and on all of `shared`; the result has the rows of the batch again. A batch that the
     devices cannot share is one call.
     """
-    axes = ACTIVATION_RULES["batch"]
+    axes = ROWS
     devices = math.prod(mesh.shape[axis] for axis in axes)
 
     def per_shard(function: Callable, batched: tuple, shared: tuple) -> Any:

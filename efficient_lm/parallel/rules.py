@@ -21,7 +21,7 @@ class Rules:
     activations: Mapping[str, tuple[str, ...]]
 
 
-_TENSOR = {axis: ("tensor",) for axis in ("heads", "key_value_heads", "ffn", "vocabulary")}
+_TENSOR = dict.fromkeys(("heads", "key_value_heads", "ffn", "vocabulary"), ("tensor",))
 _ACTIVATIONS = _TENSOR | {"batch": ROWS, "length": TOKENS, "residual_length": TOKENS}
 
 PRESETS = {

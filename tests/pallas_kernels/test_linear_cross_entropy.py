@@ -14,6 +14,7 @@ from pallas_kernels.linear_cross_entropy import (
     explain,
     linear_cross_entropy,
     linear_cross_entropy_per_token,
+    xla,
 )
 from pallas_kernels.linear_cross_entropy.cases import TESTS
 
@@ -265,3 +266,12 @@ def test_errors_say_what_is_allowed(rng):
         explain(hidden, weight[:, 1:])
     with pytest.raises(ValueError, match="shards=4"):
         linear_cross_entropy(hidden, weight, labels, shards=4)
+
+
+def test_one_reading_of_the_logits_gives_their_maximum_and_sum(rng):
+    logits = jnp.asarray(30 * rng.standard_normal((3, 5, 1021)), jnp.float32)
+    logits = logits.at[0, 0, 1:].set(-jnp.inf)
+    highest, total = xla._highest_and_total(logits)
+    np.testing.assert_array_equal(highest, jnp.max(logits, axis=-1))
+    expected = jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)

@@ -14,9 +14,10 @@ HEAVY = {"grain", "orbax", "matplotlib", "tensorboardX", "tensorstore", "tokeniz
 
 # A module may import from its own layer and those after it.
 LAYERS = (
-    ("doors", ("train", "evaluate", "generate", "convert", "plan", "sweep",
+    ("doors", ("train", "evaluate", "generate", "convert", "plan", "shardings", "sweep",
                "data.train_tokenizer", "data.write_shards")),
-    ("application", ("__init__", "api", "cli", "training", "inference", "evaluation", "interop")),
+    ("application", ("__init__", "api", "cli", "training", "inference", "evaluation", "interop",
+                     "planning")),
     ("ingredients", ("objectives", "data", "parallel")),
     ("model", ("model",)),
     ("layers", ("mixers", "ffn")),

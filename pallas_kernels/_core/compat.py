@@ -50,11 +50,15 @@ def splash_attention():
     return splash_attention
 
 
-def tpu_devices(topology: str) -> list:
-    """The devices of a TPU topology such as "v5e:2x2", which nobody need own, to compile for."""
+def tpu_devices(topology: str, slices: int = 1) -> list:
+    """The devices of a TPU topology such as "v5e:2x2", which nobody need own, to compile for.
+
+    slices: how many of them a data-center network joins.
+    """
     from jax.experimental import topologies
 
     # Several test processes may compile at once; libtpu reads this when it is loaded.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    description = topologies.get_topology_desc(topology_name=topology, platform="tpu")
+    several = {"num_slices": slices} if slices > 1 else {}
+    description = topologies.get_topology_desc(topology_name=topology, platform="tpu", **several)
     return list(description.devices)

@@ -1,0 +1,232 @@
+"""The step of a config, traced and compiled ahead of time for a topology that nobody need own."""
+
+import math
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from efficient_lm.config import Config
+from efficient_lm.data.batch import empty_batch
+from efficient_lm.errors import ConfigError
+from efficient_lm.inference.load import abstract_arrays
+from efficient_lm.model.definition import ModelDefinition, define
+from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.parallel.rules import (
+    ROWS,
+    TOKENS,
+    activation_sharder,
+    batch_sharding,
+    parameter_shardings,
+)
+from efficient_lm.planning.topologies import Topology
+from efficient_lm.training.optimizer import make_optimizer
+from efficient_lm.training.state import TrainState, abstract_state, make_initializer
+from efficient_lm.training.step import make_train_step
+
+SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step before compilation.
+
+    inputs: trees of ShapeDtypeStruct with shardings by what they are ("parameters", "optimizer",
+    "batch", ...). tokens: tokens that a step works on, over all devices. traced: of `jax.jit`, its
+    flat arguments are those of `inputs` in order.
+    """
+
+    kind: str
+    mesh: Mesh
+    definition: ModelDefinition
+    inputs: dict[str, Any]
+    tokens: int
+    traced: Any
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a program; bytes are of one device.
+
+    temporaries, code: bytes. fits: whether the compiler accepted it. largest: the largest buffers
+    of temporaries, (bytes, arrays that take turns in it). text: HLO after optimization, or None
+    where it cannot be read, and then `text_source` says why.
+    """
+
+    fits: bool
+    temporaries: int
+    code: int
+    largest: list[tuple[int, str]]
+    text: str | None
+    text_source: str
+    seconds: float
+
+
+def train_program(config: Config, topology: Topology) -> Program:
+    """The very step that training takes, on the mesh of `config.parallel` over the topology.
+
+    ConfigError where mesh, rows or tokens do not divide.
+    """
+    mesh = make_mesh(config.parallel, topology.devices)
+    data = config.data
+    rows = data.batch_size // config.optimizer.accumulation_steps
+    _check_divides("rows (data.batch_size / optimizer.accumulation_steps)", rows, mesh, ROWS)
+    _check_divides("tokens of a row (data.sequence_length)", data.sequence_length, mesh, TOKENS)
+    definition = define(config.model)
+    optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
+    state = abstract_state(make_initializer(config, definition, optimizer), definition, mesh)
+    sharding = batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (data.batch_size, data.sequence_length), x.dtype, sharding=sharding
+        )
+        for name, x in empty_batch(1, 1).items()
+    }
+    step = make_train_step(
+        config, definition, optimizer, mesh, np.ones(config.model.vocabulary_size, np.int32)
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(step, donate_argnums=0).trace(state, batch)
+    inputs = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    inputs["batch"] = batch
+    return Program(
+        "train", mesh, definition, inputs, data.batch_size * data.sequence_length, traced
+    )
+
+
+def decode_program(config: Config, topology: Topology, batch: int, context: int) -> Program:
+    """One greedy step of decoding `batch` rows with room for `context` tokens each.
+
+    Weights are as `efficient_lm.load` keeps them (matrices in model.dtype, every layer apart),
+    placed by the same rules as in training; rows of the cache are split as rows of a batch are,
+    its heads over `tensor`. ConfigError where rows do not divide or the context is too long.
+    """
+    mesh = make_mesh(config.parallel, topology.devices)
+    _check_divides("rows (--batch)", batch, mesh, ROWS)
+    if not 1 <= context <= config.model.max_length:
+        raise ConfigError(
+            f"--context={context}; allowed: 1 to config.model.max_length={config.model.max_length}"
+        )
+    definition = define(config.model, scan=False)
+    shardings = parameter_shardings(mesh, definition.parameters, config.parallel.rules)
+    parameters = jax.tree.map(
+        lambda leaf, sharding: leaf.update(sharding=sharding),
+        abstract_arrays(definition),
+        shardings,
+    )
+
+    def model_of(arrays):
+        model = definition.bind(arrays)
+        if mesh.size > 1:
+            model.shard = activation_sharder(mesh, config.parallel.rules)
+        return model
+
+    def step(arrays, state, token):
+        output = model_of(arrays)(token[:, None], state=state)
+        return jnp.argmax(output.logits[:, 0], axis=-1).astype(jnp.int32), output.state
+
+    def place(leaf):
+        heads = leaf.ndim == 4 and leaf.shape[1] % mesh.shape["tensor"] == 0
+        spec = PartitionSpec(ROWS, "tensor") if heads else PartitionSpec(ROWS)
+        return leaf.update(sharding=NamedSharding(mesh, spec))
+
+    token = jax.ShapeDtypeStruct(
+        (batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(ROWS))
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state = jax.eval_shape(
+            lambda arrays: model_of(arrays).init_state(batch, context), parameters
+        )
+        state = jax.tree.map(place, state)
+        traced = jax.jit(step, donate_argnums=1).trace(parameters, state, token)
+    inputs = {"parameters": parameters, "cache": state, "batch": token}
+    return Program("decode", mesh, definition, inputs, batch, traced)
+
+
+def compile_program(program: Program, topology: Topology) -> Compiled:
+    """Compile it; a program that is too large for the memory is a result too, not an error."""
+    begin = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        lowered = program.traced.lower()
+    if topology.local:
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - begin
+        analysis = compiled.memory_analysis()
+        text = compiled.as_text()
+        return Compiled(
+            True, analysis.temp_size_in_bytes, analysis.generated_code_size_in_bytes, [], text,
+            "HLO of the compiled program", seconds,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        # Written files can be read for every chip and even where the program does not fit, which
+        # `as_text` cannot do in JAX 0.10.
+        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        needed, code = None, 0
+        try:
+            analysis = lowered.compile(compiler_options=options).memory_analysis()
+            temporaries, code = analysis.temp_size_in_bytes, analysis.generated_code_size_in_bytes
+        except jax.errors.JaxRuntimeError as error:
+            needed = _needed(str(error))
+            if needed is None:
+                raise
+            temporaries = needed
+        seconds = time.perf_counter() - begin
+        total, largest = _memory_report(Path(directory))
+        text = _read(Path(directory), "*after_optimizations.txt")
+    if needed is not None:
+        temporaries = total or needed
+    return Compiled(
+        needed is None, temporaries, code, largest, text,
+        "HLO that the compiler wrote" if text else "no HLO could be read", seconds,
+    )  # fmt: skip
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of ShapeDtypeStructs with shardings on the device that holds most."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _check_divides(what: str, size: int, mesh: Mesh, axes: tuple[str, ...]) -> None:
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if size % parts:
+        raise ConfigError(
+            f"{size} {what} cannot be split over {parts} devices ({' x '.join(axes)}); "
+            f"make it a multiple of {parts}"
+        )
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that a program asks for, of the compiler's message that it is too large; else None."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    return int(float(found.group(1)) * SIZES[found.group(2)]) if found else None
+
+
+def _memory_report(directory: Path) -> tuple[int | None, list[tuple[int, str]]]:
+    """(bytes of all temporaries, the largest of them) of the compiler's report on memory."""
+    text = _read(directory, "*memory-usage-report.txt")
+    if text is None:
+        return None, []
+    section = text.partition("Memory Space: default")[2].partition("Memory Space:")[0]
+    total = re.search(r"Total bytes: (\d+)", section)
+    rows = re.findall(r"; +([\d.]+)([KMGT]?)i?B; +\d+; +\d+; (.*)", section)
+    largest = [(int(float(n) * SIZES[unit]), arrays) for n, unit, arrays in rows[:8]]
+    return int(total.group(1)) if total else None, largest
+
+
+def _read(directory: Path, pattern: str) -> str | None:
+    """The largest file of that name: the step's own module among small helpers."""
+    files = sorted(directory.glob(pattern), key=lambda path: path.stat().st_size)
+    return files[-1].read_text() if files else None

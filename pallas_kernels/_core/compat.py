@@ -1,9 +1,11 @@
 """The one place for differences between JAX versions, and for what JAX knows of the device."""
 
+import inspect
 import os
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,79 @@ def splash_attention():
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     return splash_attention
+
+
+def splash_attention_gradients(kernel, q, k, v, segments, lse, out, d_out):
+    """dq, dk, dv by the backward pass of a splash kernel, from any log-sum-exp and output.
+
+    q, out, d_out [N, T, H], k, v [K, S, H], lse fp32 [N, T].
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    options = kernel.kwargs
+    residuals = (
+        q, k, v, segments, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info
+    )  # fmt: skip
+    gradients = splash_attention_kernel._splash_attention_bwd(
+        False,
+        *(
+            options[name]
+            for name in (
+                "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name",
+                "mask_function", "attn_logits_soft_cap", "interpret",
+            )
+        ),
+        residuals,
+        d_out,
+    )  # fmt: skip
+    return gradients[3:6]
+
+
+def cudnn_attention(q, k, v, mask, scale: float, causal: bool, window: int | None):
+    """Output [B, T, N, H] and fp32 log-sum-exp [B, T, N] of cuDNN's attention kernel.
+
+    mask: bool [b, T, S] or None. The public function rounds the log-sum-exp to the dtype of q.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    out, lse = cudnn.dot_product_attention(
+        q, k, v,
+        mask=None if mask is None else mask[:, None],
+        scale=scale,
+        mask_type=cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK,
+        sliding_window_length=window,
+        return_residual=True,
+    )  # fmt: skip
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+def cudnn_attention_gradients(
+    q, k, v, mask, lse, out, d_out, scale: float, causal: bool, window: int | None
+):
+    """dq, dk, dv by cuDNN's backward kernel from any log-sum-exp [B, T, N] and output."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    unused = jnp.zeros(0, q.dtype)
+    bias = unused
+    if mask is not None:
+        bias = cudnn.combine_bias_and_mask(None, mask[:, None], q.dtype)
+    score_mod = "score_mod" in inspect.signature(cudnn._dot_product_attention_bwd_rule).parameters
+    residuals = (q, k, v, bias, *[unused] * 6, *[()] * score_mod, jnp.swapaxes(lse, 1, 2), out)
+    gradients = cudnn._dot_product_attention_bwd_rule(
+        scale,
+        42,  # seed of the dropout that there is not
+        0.0,
+        (mask is not None, False),  # a bias; its gradient is not wanted
+        cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK,
+        cudnn.AttentionLayout.BTNH.value,
+        window,
+        *[None] * score_mod,
+        None,  # the version, which is not read
+        False,
+        residuals,
+        d_out,
+    )
+    return gradients[:3]
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list:

@@ -1,7 +1,10 @@
 """Attention by JAX's TPU splash kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels._core import compat
@@ -9,6 +12,7 @@ from pallas_kernels.attention.mask import Mask, Term
 
 LANES = 128  # of a TPU vector register; lengths are padded to multiples
 BLOCKS = (512, 384, 256, 128)  # tokens, the larger the better as far as VMEM goes
+EMPTY = np.float32(1e30)  # instead of the log-sum-exp of no key, in the backward pass
 
 
 def attention(
@@ -20,42 +24,83 @@ def attention(
     scale: float,
     soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
+    return_log_sum_exp: bool = False,
     interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """`ref.attention` on a TPU, within what `support.TABLE` declares.
 
-    interpret: run the kernel in Python on any device, for tests.
+    With the log-sum-exp, nothing can be differentiated. interpret: run the kernel in Python on any
+    device, for tests.
     """
-    splash = compat.splash_attention()
-    B, T, N, _ = q.shape
-    S = k.shape[1]
-    padded_T, padded_S = _round_up(T), _round_up(S)
+    T, S = q.shape[1], k.shape[1]
+    kernel = _kernel(mask.terms[0], q, S, soft_cap, interpret, save_residuals=return_log_sum_exp)
+    segments = _segments(mask, q.shape[0], T, S)
+    run = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0, None))
+    result = run(_heads_first(_scaled(q, scale)), _heads_first(k), _heads_first(v), segments, sinks)
+    out, (lse,) = result if return_log_sum_exp else (result, (None,))
+    out = out.swapaxes(1, 2)[:, :T]
+    lse = lse.swapaxes(1, 2)[:, :T] if return_log_sum_exp else None
     term = mask.terms[0]
-    kernel = splash.make_splash_mha(
-        splash.splash_attention_mask.MultiHeadMask([_mask(splash, term, padded_T, padded_S)] * N),
-        block_sizes=_block_sizes(splash, padded_T, padded_S),
+    if term.segments or (term.window is not None and T > S):  # else every query sees a key
+        some = mask.dense(T, S).any(axis=-1)[:, :, None]
+        out = jnp.where(some[..., None], out, jnp.zeros((), out.dtype))
+        lse = jnp.where(some, lse, -jnp.inf) if return_log_sum_exp else None
+    return (out, lse) if return_log_sum_exp else out
+
+
+def gradients(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    out: Float[Array, "B T N H"],
+    log_sum_exp: Float[Array, "B T N"],
+    d_out: Float[Array, "B T N H"],
+    *,
+    mask: Mask,
+    scale: float,
+    soft_cap: float | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """`ref.gradients` by the kernel's backward pass, rounded to the dtype of q, k and v."""
+    T, S = q.shape[1], k.shape[1]
+    kernel = _kernel(mask.terms[0], q, S, soft_cap, interpret)
+    segments = _segments(mask, q.shape[0], T, S)
+    # An empty row has out = 0; a log-sum-exp above any score makes its weights 0 as well.
+    lse = jnp.where(log_sum_exp == -jnp.inf, EMPTY, log_sum_exp)
+    arrays = (_scaled(q, scale), k, v, out, d_out.astype(q.dtype))
+    run = jax.vmap(
+        functools.partial(compat.splash_attention_gradients, kernel),
+        in_axes=(0, 0, 0, None if segments is None else 0, 0, 0, 0),
+    )
+    q, k, v, out, d_out = (_heads_first(array) for array in arrays)
+    lse = _pad(lse, q.shape[2], EMPTY).swapaxes(1, 2)
+    parts = run(q, k, v, segments, lse, out, d_out)
+    dq, dk, dv = (part.astype(jnp.float32).swapaxes(1, 2) for part in parts)
+    return scale * dq[:, :T], dk[:, :S], dv[:, :S]
+
+
+def _kernel(term: Term, q, S: int, soft_cap, interpret: bool, save_residuals: bool = False):
+    """The kernel for these sizes and the static part of `term`."""
+    splash = compat.splash_attention()
+    T, S = _round_up(q.shape[1]), _round_up(S)
+    return splash.make_splash_mha(
+        splash.splash_attention_mask.MultiHeadMask([_mask(splash, term, T, S)] * q.shape[2]),
+        block_sizes=_block_sizes(splash, T, S),
         attn_logits_soft_cap=soft_cap,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        save_residuals=save_residuals,
     )
-    q, k, v = (
-        _pad(array, length).swapaxes(1, 2)  # [B, heads, length, H]
-        for array, length in (
-            ((q.astype(jnp.float32) * scale).astype(q.dtype), padded_T),
-            (k, padded_S),
-            (v, padded_S),
-        )
-    )
-    segments = None
-    if term.segments or (padded_T, padded_S) != (T, S):
-        segments = _segments(splash, mask, term, B, T, S)
-    run = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0, None))
-    out = run(q, k, v, segments, sinks).swapaxes(1, 2)[:, :T]
-    if not term.segments and (term.window is None or T <= S):
-        return out  # every query sees a key
-    some = mask.dense(T, S).any(axis=-1)
-    return jnp.where(some[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _scaled(q, scale: float):
+    return (q.astype(jnp.float32) * scale).astype(q.dtype)
+
+
+def _heads_first(array):
+    """[B, length, heads, H] -> [B, heads, padded length, H]."""
+    return _pad(array, _round_up(array.shape[1])).swapaxes(1, 2)
 
 
 def _mask(splash, term: Term, T: int, S: int):
@@ -65,16 +110,20 @@ def _mask(splash, term: Term, T: int, S: int):
     return splash.CausalMask((T, S)) if term.causal else splash.FullMask((T, S))
 
 
-def _segments(splash, mask: Mask, term: Term, B: int, T: int, S: int):
+def _segments(mask: Mask, B: int, T: int, S: int):
     """Segments as the kernel compares them; keys padded here get -1, which no query has.
 
     Segment 0 may meet itself in the kernel: those rows are put to 0 outside.
     """
+    splash = compat.splash_attention()
+    padded_T, padded_S = _round_up(T), _round_up(S)
+    if not mask.terms[0].segments and (padded_T, padded_S) == (T, S):
+        return None
     queries, keys = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
-    if term.segments:
+    if mask.terms[0].segments:
         queries, keys = mask.query_segments, mask.key_segments
-    queries = jnp.broadcast_to(_pad(queries, _round_up(T)), (B, _round_up(T)))
-    keys = jnp.broadcast_to(_pad(keys, _round_up(S), -1), (B, _round_up(S)))
+    queries = jnp.broadcast_to(_pad(queries, padded_T), (B, padded_T))
+    keys = jnp.broadcast_to(_pad(keys, padded_S, -1), (B, padded_S))
     return splash.SegmentIds(q=queries, kv=keys)
 
 

@@ -1,6 +1,6 @@
 """Which implementation of attention runs where: the declared support table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pallas_kernels._core.compat import Target
 from pallas_kernels._core.dispatch import Condition, Implementation
@@ -25,6 +25,7 @@ class Facts:
     mask: Mask
     soft_cap: bool
     sinks: bool
+    log_sum_exp: bool = False
 
     @property
     def static_term(self) -> Term | None:
@@ -95,4 +96,9 @@ TABLE = (
     Implementation(
         "ref", "pallas_kernels.attention.ref:attention", platforms=("cpu", "gpu", "tpu")
     ),
+)
+
+# The backward pass by itself, for callers that hold only a part of the keys.
+GRADIENTS = tuple(
+    replace(row, function=row.function.replace(":attention", ":gradients")) for row in TABLE
 )

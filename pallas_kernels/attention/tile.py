@@ -91,8 +91,7 @@ def normalized(q, k, lse, fits, options, layout):
 def gradients(q, k, v, d_out, weights, scores, delta, options, layout):
     """fp32 contributions of one tile to dq, dk and dv.
 
-    weights: from `normalized`. scores: too, read only with a soft-cap. delta: sum(out * d_out)
-    over features, [b, k, g, t].
+    weights: from `normalized`. scores: too, read only with a soft-cap. delta: from `delta`.
     """
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dv = einsum(f"bkgts,{layout.q}->{layout.k}", weights.astype(v.dtype), d_out)
@@ -106,10 +105,15 @@ def gradients(q, k, v, d_out, weights, scores, delta, options, layout):
     return dq, dk, dv
 
 
-def delta(out, d_out):
-    """sum(out * d_out) over features: [b, t, k, g, h] twice -> fp32 [b, k, g, t]."""
+def delta(out, d_out, d_lse=None):
+    """What a row's d_weights are measured against, fp32 [b, k, g, t].
+
+    sum(out * d_out) over features of [b, t, k, g, h], less d_lse [b, k, g, t] where the
+    log-sum-exp is an output too: its derivative by the scores are the weights.
+    """
     product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
-    return jnp.moveaxis(product.sum(axis=-1), 1, 3)
+    total = jnp.moveaxis(product.sum(axis=-1), 1, 3)
+    return total if d_lse is None else total - d_lse
 
 
 def sink_gradient(sinks, lse, delta):

@@ -31,11 +31,15 @@ def forward(options, q, k, v, sinks, mask):
     return jnp.moveaxis(_concatenate(outs, 3), 3, 1), saved
 
 
-def backward(options, q, k, v, sinks, mask, saved, out, d_out):
-    """fp32 gradients of q, k, v and sinks."""
+def log_sum_exp(saved):
+    """fp32 [B, K, G, T], +inf where no key was allowed."""
+    return _concatenate([lse for lse, _ in saved], 3)
+
+
+def backward(options, q, k, v, sinks, mask, saved, delta, d_out):
+    """fp32 gradients of q, k, v and sinks. delta: from `tile.delta`."""
     T, S = q.shape[1], k.shape[1]
     dq, dk, dv = [], [], []
-    delta = tile.delta(out, d_out)
     q, d_out = jnp.moveaxis(q, 1, 3), jnp.moveaxis(d_out, 1, 3)
     panels = schedule.panels(mask, T, S, options.chunks[0])
     for (queries, keys), (lse, weights) in zip(panels, saved, strict=True):
@@ -55,8 +59,7 @@ def backward(options, q, k, v, sinks, mask, saved, out, d_out):
         dk.append(_pad_rows(dk_part, keys.start, S - keys.stop))
         dv.append(_pad_rows(dv_part, keys.start, S - keys.stop))
     nothing = jnp.zeros_like(k, jnp.float32)
-    lse = _concatenate([lse for lse, _ in saved], 3)
-    d_sinks = tile.sink_gradient(sinks, lse, delta)
+    d_sinks = tile.sink_gradient(sinks, log_sum_exp(saved), delta)
     return jnp.moveaxis(_concatenate(dq, 3), 3, 1), _sum(dk, nothing), _sum(dv, nothing), d_sinks
 
 

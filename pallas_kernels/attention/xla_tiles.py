@@ -33,20 +33,25 @@ def forward(options, q, k, v, sinks, mask):
         lse = jax.lax.dynamic_update_index_in_dim(lse, lse_part, row, 0)
         return (state, out, lse), None
 
-    lse = jnp.full(queries.shape[:-1], jnp.inf, jnp.float32)
+    _, empty = tile.finish(tile.start(rows, H), sinks)  # of rows that no tile visits
+    lse = jnp.broadcast_to(empty, queries.shape[:-1])
     carry = (tile.start(rows, H), jnp.zeros_like(queries), lse)
     places = _places(mask, T, S, size_q, size_k)
     (_, out, lse), _ = jax.lax.scan(visit, carry, places)
     return _unstack_q(out, T), _unstack_rows(lse, T)
 
 
-def backward(options, q, k, v, sinks, mask, lse, out, d_out):
-    """fp32 gradients of q, k, v and sinks."""
+def log_sum_exp(saved):
+    """fp32 [B, K, G, T], +inf where no key was allowed."""
+    return saved
+
+
+def backward(options, q, k, v, sinks, mask, lse, delta, d_out):
+    """fp32 gradients of q, k, v and sinks. delta: from `tile.delta`."""
     T, S = q.shape[1], k.shape[1]
     size_q, size_k = options.chunks
     queries, keys, values = _stack_q(q, size_q), _stack_k(k, size_k), _stack_k(v, size_k)
     d_outs = _stack_q(d_out, size_q)
-    delta = tile.delta(out, d_out)
     lses, deltas = _stack_rows(lse, size_q, jnp.inf), _stack_rows(delta, size_q, 0.0)
     fits = _Fits(mask, T, S, size_q, size_k)
 

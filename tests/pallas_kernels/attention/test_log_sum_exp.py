@@ -86,7 +86,8 @@ def parts_of(function, mask, q, k, v, d_out, **options):
     split = k.shape[1] // 3
     dq, dk, dv = 0.0, [], []
     for cut in (slice(0, split), slice(split, None)):
-        part = mask.with_indices(q.shape[1], k.shape[1]).slice(lambda a: a, lambda a: a[:, cut])
+        part = mask.with_indices(q.shape[1], k.shape[1])
+        part = part.slice(lambda a: a, functools.partial(lambda cut, a: a[:, cut], cut))
         found = function(q, k[:, cut], v[:, cut], out, lse, d_out, mask=part, **options)
         dq, dk, dv = dq + found[0], [*dk, found[1]], [*dv, found[2]]
     return dq, jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from efficient_lm.config import Config
 from efficient_lm.errors import DataError
 from efficient_lm.model.definition import ModelDefinition
-from efficient_lm.parallel.rules import activation_sharder
+from efficient_lm.parallel.loss import over_tokens
+from efficient_lm.parallel.mixing import use_mesh
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy_per_token
 
 Batch = dict[str, Any]
@@ -36,21 +37,31 @@ def make_scorer(
 
     def scorer(parameters: Any, batch: Batch) -> dict[str, jax.Array]:
         model = definition.bind(parameters)
-        if mesh.size > 1:
-            model.shard = activation_sharder(mesh)
+        use_mesh(model, mesh, config.parallel)
         hidden = model(
             batch["tokens"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             logits=False,
         ).hidden
-        losses, correct = linear_cross_entropy_per_token(
-            hidden,
+
+        def per_token(weight, hidden, labels):
+            return linear_cross_entropy_per_token(
+                hidden,
+                weight,
+                labels,
+                soft_cap=config.model.logits_soft_cap,
+                chunk_logits=config.objective.chunk_logits,
+            )
+
+        losses, correct = over_tokens(
+            mesh,
+            config.parallel.rules,
+            per_token,
             model.unembedding(),
+            hidden,
             batch["labels"],
-            soft_cap=config.model.logits_soft_cap,
-            chunk_logits=config.objective.chunk_logits,
-            shards=mesh.size,
+            summed=False,
         )
         weights = batch["weights"]
         losses = jnp.where(weights > 0, losses * weights, 0.0)

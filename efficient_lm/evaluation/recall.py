@@ -13,7 +13,7 @@ from efficient_lm.config import Config
 from efficient_lm.data import synthetic
 from efficient_lm.errors import DataError
 from efficient_lm.model.definition import ModelDefinition
-from efficient_lm.parallel.rules import activation_sharder
+from efficient_lm.parallel.mixing import use_mesh
 
 
 def make_predictor(
@@ -23,8 +23,7 @@ def make_predictor(
 
     def predictor(parameters: Any, batch: dict[str, Any]) -> Int[Array, "B T"]:
         model = definition.bind(parameters)
-        if mesh.size > 1:
-            model.shard = activation_sharder(mesh)
+        use_mesh(model, mesh, config.parallel)
         hidden = model(
             batch["tokens"],
             segment_ids=batch["segment_ids"],

@@ -74,7 +74,7 @@ def evaluate_run(
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_arrays(definition),
-        parameter_shardings(mesh, definition.parameters),
+        parameter_shardings(mesh, definition.parameters, config.parallel.rules),
     )
     parameters = saved.restore(abstract)
     scorer = jax.jit(make_scorer(config, definition, mesh, np.asarray(tokenizer.byte_lengths)))

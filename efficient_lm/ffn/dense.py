@@ -84,7 +84,7 @@ class Dense(nnx.Module):
         y = linear(hidden, cast(self.down, self.dtype))
         if self.options.bias:
             y = y + cast(self.down_bias, self.dtype)[None, None]
-        return context.shard(y, "batch", "length", "embed"), {}
+        return context.shard(y, "batch", "residual_length", "embed"), {}
 
 
 @dataclass(frozen=True)

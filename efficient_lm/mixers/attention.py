@@ -1,7 +1,8 @@
 """Grouped-query softmax attention (arXiv 2305.13245): full or sliding window, with a KV cache."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,9 @@ class Attention(nnx.Module):
     """project: q, k, v, gate; core: attention over tokens and cache; output: one matrix."""
 
     Options = AttentionOptions
+    head_axes: ClassVar = {"query": "heads", "key": "key_value_heads", "value": "key_value_heads",
+                           "gate": "heads"}  # fmt: skip
+    core_reads = ("query", "key", "value")
 
     def __init__(self, model: ModelConfig, options: AttentionOptions, rngs: nnx.Rngs):
         self.options = options
@@ -108,21 +112,20 @@ class Attention(nnx.Module):
         if options.sink:
             self.sink = constant(0.0, {"heads": heads})
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, state: Any = None
-    ) -> tuple[Float[Array, "B T D"], Any, dict]:
-        """(y, new decode state or None, auxiliary values)."""
-        projected = self.project(x, context)
-        attended, state, aux = self.core(projected, context, state)
-        return self.output(attended, projected, context), state, aux
+    def project(
+        self, x: Float[Array, "B T D"], context: Context, names: Collection[str] | None = None
+    ) -> dict[str, Array]:
+        """Per token: query and (if gated) gate [B, T, N, H], key and value [B, T, K, H].
 
-    def project(self, x: Float[Array, "B T D"], context: Context) -> dict[str, Array]:
-        """Per token: query and (if gated) gate [B, T, N, H], key and value [B, T, K, H]."""
-        axes = {"query": "heads", "key": "key_value_heads", "value": "key_value_heads",
-                "gate": "heads"}  # fmt: skip
-        axes = {name: axis for name, axis in axes.items() if hasattr(self, name)}
+        names: which of them; None: all.
+        """
+        axes = {
+            name: axis
+            for name, axis in self.head_axes.items()
+            if hasattr(self, name) and (names is None or name in names)
+        }
         weights = [cast(getattr(self, name), self.dtype) for name in axes]
-        if x.shape[0] * x.shape[1] >= 2 * x.shape[2]:
+        if context.split.features == 1 and x.shape[0] * x.shape[1] >= 2 * x.shape[2]:
             # One product is faster than several where joining the weights costs less than it gains.
             joined = jnp.einsum("btd,dnh->btnh", x, jnp.concatenate(weights, axis=1))
             ends = np.cumsum([weight.shape[1] for weight in weights])
@@ -134,11 +137,11 @@ class Attention(nnx.Module):
             if hasattr(self, f"{name}_bias"):
                 y = y + cast(getattr(self, f"{name}_bias"), self.dtype)[None, None]
             projected[name] = context.shard(y, "batch", "length", heads, "head_dim")
-        if self.options.qk_norm:
-            projected["query"] = self.query_norm(projected["query"])
-            projected["key"] = self.key_norm(projected["key"])
-        for name in ("query", "key"):
-            projected[name] = rotate(projected[name], context.positions, self.options.rope)
+        for name in [name for name in ("query", "key") if name in axes]:
+            y = projected[name]
+            if self.options.qk_norm:
+                y = getattr(self, f"{name}_norm")(y)
+            projected[name] = rotate(y, context.positions, self.options.rope)
         return projected
 
     def core(
@@ -170,21 +173,16 @@ class Attention(nnx.Module):
         if segments is not None:
             mask = mask & masks.Segments(segments, key_segments)
 
-        def attend(query, key, value, mask, sinks):
-            return pallas_kernels.attention(
-                query,
-                key.astype(query.dtype),
-                value.astype(query.dtype),
-                mask=mask,
-                scale=self.options.scale,
-                soft_cap=self.options.soft_cap,
-                sinks=sinks,
-                implementation=self.options.implementation,
-            )
-
-        mask = mask.lower(query_index=query_index, key_index=key_index)
-        sinks = self.sink[...] if self.options.sink else None
-        attended = context.per_shard(attend, (projected["query"], key, value, mask), (sinks,))
+        attended = pallas_kernels.attention(
+            projected["query"],
+            key.astype(self.dtype),
+            value.astype(self.dtype),
+            mask=mask.lower(query_index=query_index, key_index=key_index),
+            scale=self.options.scale,
+            soft_cap=self.options.soft_cap,
+            sinks=self.sink[...] if self.options.sink else None,
+            implementation=self.options.implementation,
+        )
         return attended, state, {}
 
     def output(
@@ -198,7 +196,7 @@ class Attention(nnx.Module):
         y = jnp.einsum("bthk,hkd->btd", attended, cast(self.out, self.dtype))
         if self.options.output_bias:
             y = y + cast(self.out_bias, self.dtype)[None, None]
-        return context.shard(y, "batch", "length", "embed")
+        return context.shard(y, "batch", "residual_length", "embed")
 
     @staticmethod
     def core_flops(model: ModelConfig, options: AttentionOptions, length: int) -> float:

@@ -62,11 +62,13 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any, dict]:
         """(x, new decode state or None, auxiliary values by "mixer" and "ffn")."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        branch, state, mixer_aux = self.mixer(self.mixer_residual.enter(x), context, state)
+        entered = context.shard(self.mixer_residual.enter(x), "batch", "length", "embed")
+        branch, state, mixer_aux = context.mix(self.mixer, entered, context, state)
         x = self.mixer_residual.leave(x, branch, keys[0])
         ffn_aux = {}
         if hasattr(self, "ffn"):
-            branch, ffn_aux = self.ffn(self.ffn_residual.enter(x), context)
+            entered = context.shard(self.ffn_residual.enter(x), "batch", "length", "embed")
+            branch, ffn_aux = self.ffn(entered, context)
             x = self.ffn_residual.leave(x, branch, keys[1])
         return x, state, {"mixer": mixer_aux, "ffn": ffn_aux}
 

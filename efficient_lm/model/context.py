@@ -16,9 +16,24 @@ def no_sharding(x: Array, *axes: str | None) -> Array:
     return x
 
 
-def unsplit(function: Callable, batched: tuple, shared: tuple) -> Any:
-    """The default of `per_shard`: one call for the whole batch."""
-    return function(*batched, *shared)
+def run_mixer(mixer: Any, x: Array, context: "Context", state: Any) -> tuple[Array, Any, dict]:
+    """The default of `mix`: (y, new decode state or None, auxiliary values) of one device."""
+    projected = mixer.project(x, context)
+    mixed, state, aux = mixer.core(projected, context, state)
+    return mixer.output(mixed, projected, context), state, aux
+
+
+@dataclass(frozen=True)
+class Split:
+    """Over how many devices the arrays of a layer are split.
+
+    tokens: those that share the tokens of a row. features: those that share heads and features.
+    ring: the mesh axis over which a core's own tokens are split, or None.
+    """
+
+    tokens: int = 1
+    features: int = 1
+    ring: str | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +47,8 @@ class Context:
     mask: which tokens may see which, before a layer's own window and the segments.
     fresh: the decode state is known to be empty, so tokens need only look at each other.
     shard: (array, logical axis names...) -> array, from `parallel`; mixers name no mesh axis.
-    per_shard: (function, batched, shared) -> function(*batched, *shared) on each device's rows of
-      `batched`, from `parallel`; for kernels, which the compiler cannot split.
+    mix: (mixer, x, context, state) -> (y, state, aux), from `parallel`: how a mixer's parts run.
+    split: what the devices share.
     """
 
     positions: Int[Array, "B T"]
@@ -42,4 +57,5 @@ class Context:
     mask: masks.MaskExpression = field(default_factory=masks.Causal)
     fresh: bool = field(default=False, metadata={"static": True})
     shard: Callable = field(default=no_sharding, metadata={"static": True})
-    per_shard: Callable = field(default=unsplit, metadata={"static": True})
+    mix: Callable = field(default=run_mixer, metadata={"static": True})
+    split: Split = field(default=Split(), metadata={"static": True})

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from efficient_lm import masks
 from efficient_lm.config import ModelConfig
 from efficient_lm.model.block import dropout
-from efficient_lm.model.context import Context, no_sharding, unsplit
+from efficient_lm.model.context import Context, Split, no_sharding, run_mixer
 from efficient_lm.model.norm import RMSNorm
 from efficient_lm.model.parameter import parameter
 from efficient_lm.model.stack import Stack
@@ -41,7 +41,8 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, scan: bool = True):
         self.config = config
         self.shard = no_sharding
-        self.per_shard = unsplit
+        self.mix = run_mixer
+        self.split = Split()
         shape, axes = (config.vocabulary_size, config.embed_dim), ("vocabulary", "embed")
 
         def table():
@@ -97,13 +98,14 @@ class LanguageModel(nnx.Module):
             mask=masks.Causal() if mask is None else mask,
             fresh=fresh,
             shard=self.shard,
-            per_shard=self.per_shard,
+            mix=self.mix,
+            split=self.split,
         )
         dtype = jnp.dtype(self.config.dtype)
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, dtype)
-        x = self.shard(x, "batch", "length", "embed")
+        x = self.shard(x, "batch", "residual_length", "embed")
         stack_key = None
         if dropout_key is not None and self.config.dropout > 0:
             embedding_key, stack_key = jax.random.split(dropout_key)
@@ -111,7 +113,7 @@ class LanguageModel(nnx.Module):
         x, layers_state, aux = self.stack(
             x, context, None if state is None else state["layers"], stack_key
         )
-        hidden = self.final_norm(x)
+        hidden = self.shard(self.final_norm(x), "batch", "length", "embed")
         new_state = None
         if state is not None:
             # From the index, so that rows of padding alone leave the length as it was.

@@ -13,14 +13,20 @@ from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 Objective = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
-def autoregressive(config: ObjectiveConfig, *, shards: int = 1) -> Objective:
+def whole(function: Callable, weight: Float[Array, "V D"], *arrays: Array, summed: bool) -> Any:
+    """The default of `over_tokens`: one call for all tokens."""
+    del summed
+    return function(weight, *arrays)
+
+
+def autoregressive(config: ObjectiveConfig, *, over_tokens: Callable = whole) -> Objective:
     """objective(model, batch, key) -> (loss, metrics): mean cross-entropy over weighted tokens.
 
     The loss, in nats a token, is (cross-entropy + z-loss) summed over the batch, divided by the
     sum of `batch["weights"]` (by 1 if no token counts), plus the model's auxiliary losses
     (`aux` entries whose name ends in "_loss"). Metrics are sums over the batch, to be added over
     microbatches: `loss_sum` is cross-entropy alone, so loss_sum / weight_sum is what perplexity
-    is made of. `shards` is the number of devices that the batch dimension is sharded over.
+    is made of. `over_tokens` comes from `parallel.loss`.
     """
 
     def objective(
@@ -33,16 +39,26 @@ def autoregressive(config: ObjectiveConfig, *, shards: int = 1) -> Objective:
             dropout_key=key,
             logits=False,
         )
-        total, metrics = linear_cross_entropy(
-            output.hidden,
+
+        def token_sums(weight, hidden, labels, weights):
+            return linear_cross_entropy(
+                hidden,
+                weight,
+                labels,
+                weights=weights,
+                soft_cap=model.config.logits_soft_cap,
+                z_loss=config.z_loss,
+                chunk_logits=config.chunk_logits,
+                implementation=config.implementation,
+            )
+
+        total, metrics = over_tokens(
+            token_sums,
             model.unembedding(),
+            output.hidden,
             batch["labels"],
-            weights=batch["weights"],
-            soft_cap=model.config.logits_soft_cap,
-            z_loss=config.z_loss,
-            chunk_logits=config.chunk_logits,
-            shards=shards,
-            implementation=config.implementation,
+            batch["weights"],
+            summed=True,
         )
         loss = total / jnp.maximum(metrics["weight_sum"], 1.0)
         for name, value in (output.aux or {}).items():

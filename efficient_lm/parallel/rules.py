@@ -1,6 +1,5 @@
 """Which mesh axes a logical axis is split over, as data, and the shardings that follow."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,30 +83,3 @@ def activation_sharder(mesh: Mesh, preset: str = "fsdp") -> Callable[..., jax.Ar
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return shard
-
-
-def row_splitter(mesh: Mesh) -> Callable[..., Any]:
-    """The function that models call as `per_shard(function, batched, shared)`.
-
-    Each device calls `function` on its rows of the arrays in `batched` (leading axis B, or 1 for
-    all rows) and on all of `shared`; the result has the rows of the batch again. A batch that the
-    devices cannot share is one call.
-    """
-    axes = ROWS
-    devices = math.prod(mesh.shape[axis] for axis in axes)
-
-    def per_shard(function: Callable, batched: tuple, shared: tuple) -> Any:
-        rows = max(leaf.shape[0] for leaf in jax.tree.leaves(batched))
-        if rows % devices:
-            return function(*batched, *shared)
-        split, whole = PartitionSpec(axes), PartitionSpec()
-        specs = jax.tree.map(lambda leaf: split if leaf.shape[0] == rows else whole, batched)
-        return jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=(*specs, *jax.tree.map(lambda leaf: whole, shared)),
-            out_specs=split,
-            check_vma=False,  # kernels do not say over which axes their results vary
-        )(*batched, *shared)
-
-    return per_shard

@@ -22,8 +22,9 @@ from efficient_lm.data.tokenizers import (
     load_tokenizer,
     make_tokenizer,
 )
-from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.errors import CheckpointError
 from efficient_lm.model.definition import ModelDefinition, define
+from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import make_mesh
 from efficient_lm.training.checkpoint import Checkpointer
 from efficient_lm.training.optimizer import make_optimizer
@@ -51,12 +52,8 @@ class Run:
 def set_up(config: Config, workdir: Path) -> Run:
     """Make the run's directory and tokenizer, and draw its state or restore the newest one."""
     mesh = make_mesh(config.parallel)
-    rows = config.data.batch_size // config.optimizer.accumulation_steps
-    if rows % mesh.size:
-        raise ConfigError(
-            f"config.data.batch_size / config.optimizer.accumulation_steps = {rows} rows cannot "
-            f"be split over {mesh.size} devices; make it a multiple of {mesh.size}"
-        )
+    definition = define(config.model)
+    check_mesh(config, definition, mesh)
     _make_directory(workdir)
     tokenizer = _tokenizer(config, workdir)
     check_vocabulary(tokenizer, config.model.vocabulary_size)
@@ -66,10 +63,9 @@ def set_up(config: Config, workdir: Path) -> Run:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    definition = define(config.model)
     optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
     initial = make_initializer(config, definition, optimizer)
-    abstract = abstract_state(initial, definition, mesh)
+    abstract = abstract_state(initial, definition, mesh, config.parallel.rules)
     checkpointer = Checkpointer(workdir, config.checkpointing, warn=_warn)
     restored = checkpointer.restore(abstract.as_dict())
     if restored is None:

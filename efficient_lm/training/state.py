@@ -71,16 +71,19 @@ def make_initializer(
     return initial
 
 
-def abstract_state(initial, definition: ModelDefinition, mesh: Mesh) -> TrainState:
+def abstract_state(
+    initial, definition: ModelDefinition, mesh: Mesh, rules: str = "fsdp"
+) -> TrainState:
     """Shapes and shardings of the state: arrays shaped like a parameter are placed as it is.
 
-    Optimizer moments carry the path of their parameter at its end, so they are found by path.
+    rules: a preset of `parallel.rules`. Optimizer moments carry the path of their parameter at its
+    end, so they are found by path.
     """
     shapes = jax.eval_shape(initial)
     shardings = {
         _names(path): sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(
-            parameter_shardings(mesh, definition.parameters)
+            parameter_shardings(mesh, definition.parameters, rules)
         )
     }
     longest = max(len(path) for path in shardings)

@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions of pytrees."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from jaxtyping import Array, Float
 from efficient_lm import registry
 from efficient_lm.config import Config
 from efficient_lm.model.definition import ModelDefinition
-from efficient_lm.parallel.rules import activation_sharder, batch_sharding, row_splitter
+from efficient_lm.parallel.loss import over_tokens
+from efficient_lm.parallel.mixing import use_mesh
+from efficient_lm.parallel.rules import batch_sharding
 from efficient_lm.training.optimizer import learning_rate, update_ema
 from efficient_lm.training.state import SUMS, TrainState
 
@@ -28,7 +31,7 @@ def make_loss(
     bytes_sum: bytes of text that the weighted labels stand for, from `byte_lengths` [V].
     """
     objective = registry.objective(config.objective.name)(
-        config.objective, shards=int(np.prod(list(mesh.shape.values())))
+        config.objective, over_tokens=functools.partial(over_tokens, mesh, config.parallel.rules)
     )
     table = np.zeros(config.model.vocabulary_size, np.float32)
     table[: len(byte_lengths)] = byte_lengths
@@ -39,9 +42,7 @@ def make_loss(
 
     def loss(parameters: Any, batch: Batch, key: jax.Array | None):
         model = definition.bind(parameters)
-        if mesh.size > 1:
-            model.shard = activation_sharder(mesh)
-            model.per_shard = row_splitter(mesh)
+        use_mesh(model, mesh, config.parallel)
         seen = {n: x for n, x in batch.items() if not (one_segment and n == "segment_ids")}
         value, metrics = objective(model, seen, key)
         label_bytes = jnp.take(jnp.asarray(table), batch["labels"])

@@ -1,0 +1,20 @@
+"""Option sets of mixers for the suite over meshes; every registered mixer needs some.
+
+`{mixer: {case: options}}`. The model has `EMBED_DIM` features, its rows `LENGTH` tokens, and up to
+eight devices share the heads, so give at least eight.
+"""
+
+EMBED_DIM = 32
+LENGTH = 32
+
+CASES = {
+    "attention": {
+        "multi_head": {"num_heads": 8},
+        "grouped_2": {"num_heads": 8, "num_key_value_heads": 2, "sink": True, "window": 7},
+        "grouped_4": {
+            "num_heads": 16, "num_key_value_heads": 4, "head_dim": 4, "gate": "sigmoid",
+            "qk_norm": True, "bias": True, "output_bias": True,
+        },
+        "grouped_8": {"num_heads": 16, "num_key_value_heads": 8, "head_dim": 4, "soft_cap": 2.0},
+    },
+}  # fmt: skip

@@ -17,7 +17,7 @@ LAYERS = (
     ("doors", ("train", "evaluate", "generate", "convert", "plan", "shardings", "sweep",
                "data.train_tokenizer", "data.write_shards")),
     ("application", ("__init__", "api", "cli", "training", "inference", "evaluation", "interop",
-                     "planning")),
+                     "planning", "sweeping")),
     ("ingredients", ("objectives", "data", "parallel")),
     ("model", ("model",)),
     ("layers", ("mixers", "ffn")),

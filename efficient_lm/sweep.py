@@ -40,8 +40,7 @@ XPK = [
     flags.DEFINE_string("project", None, "xpk: project; default: that of gcloud."),
     flags.DEFINE_string("zone", None, "xpk: zone; default: that of gcloud."),
     flags.DEFINE_list("storage", [], "xpk: storages of the cluster to attach."),
-    flags.DEFINE_string("priority", None, "xpk: very-low, low, medium, high or very-high."),
-    flags.DEFINE_integer("max_restarts", None, "xpk: restarts of a run after failures."),
+    flags.DEFINE_list("xpk", [], "xpk: more flags of it: priority=low,max-restarts=3,spot."),
     flags.DEFINE_string("pod_workdir", None, "xpk: --workdir as the pods see it."),
 ]
 

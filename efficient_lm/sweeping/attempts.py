@@ -5,8 +5,10 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ Status = Literal["waiting", "submitted", "running", "stopped", "failed", "finish
 # How a run ends that was told to stop, or was stopped before it could listen.
 _STOPPED = tuple(sign * number + base for number in (signal.SIGINT, signal.SIGTERM)
                  for sign, base in ((1, 128), (-1, 0)))  # fmt: skip
+_SECONDS = 0.05  # between looks at a process
 _TAIL = 20_000  # bytes of a log that are searched for the error
 
 
@@ -80,23 +83,30 @@ class Attempt:
             "error": None,
         }
         self._write()
+        # A thread waits, so that signal handlers can look at what it found without any lock.
+        self._code: int | None = None
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def stop(self) -> None:
         """Tell the run to save and end; a second time: to end at once."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        if self._code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGTERM)
 
     def poll(self) -> int | None:
         """The exit code once the process has ended; a signal's is its negative number."""
-        code = self.process.poll()
-        if code is not None and self._record["ended"] is None:
-            self._finish(code)
-        return code
+        if self._code is not None and self._record["ended"] is None:
+            self._finish(self._code)
+        return self._code
 
     def wait(self) -> int:
-        """The exit code."""
-        self.process.wait()
+        """The exit code, once there is one."""
+        while self._code is None:
+            time.sleep(_SECONDS)
         return self.poll()
+
+    def _watch(self) -> None:
+        self._code = self.process.wait()
 
     def _finish(self, code: int) -> None:
         self._record["ended"] = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -107,7 +107,7 @@ def run_all(
     return received[0] if received else None
 
 
-def check_places(parallel: int, gpus_per_run: int | None) -> None:
+def check_places(parallel: int | None, gpus_per_run: int | None) -> None:
     """ConfigError for counts below 1."""
     for name, value in (("parallel", parallel), ("gpus_per_run", gpus_per_run)):
         if value is not None and value < 1:

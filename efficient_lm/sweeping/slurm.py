@@ -1,9 +1,12 @@
 """Runs as one array of SLURM jobs through submitit; time limits and preemption save and requeue."""
 
+import getpass
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,6 @@ from efficient_lm.sweeping.attempts import LOGS, Attempt, read_record
 from efficient_lm.sweeping.runs import Run, replace_text
 
 FOLDER = "slurm"  # in the directory of the sweep: what submitit keeps
-_ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "READY")
 _REQUEUES = 1000  # after time limits
 
 
@@ -90,25 +92,31 @@ def submit(
         with executor.batch():
             jobs = [executor.submit(Task(run, directory)) for run in runs]
     except submitit.core.utils.FailedJobError as error:
-        raise UserError(f"sbatch refused the jobs: {str(error).splitlines()[-1]}") from None
+        raise UserError(f"sbatch refused the jobs: {' '.join(str(error).split())}") from None
     for run, job in zip(runs, jobs, strict=True):
         replace_text(_job_path(directory, run), job.job_id + "\n")
     return [job.job_id for job in jobs]
 
 
 def alive(runs: Sequence[Run], directory: Path) -> set[str]:
-    """The names of runs whose job is queued or at work, as sacct says."""
-    submitted = {run.name: _job_path(directory, run) for run in runs}
-    submitted = {name: path.read_text().strip() for name, path in submitted.items()
-                 if path.exists()}  # fmt: skip
-    if not submitted or shutil.which("sacct") is None:
+    """The names of runs whose job is queued or at work; UserError where SLURM does not answer.
+
+    Where there is no squeue, these are all that were submitted and did not end.
+    """
+    paths = {run.name: _job_path(directory, run) for run in runs}
+    jobs = {name: path.read_text().strip() for name, path in paths.items() if path.exists()}
+    if not jobs:
         return set()
-    watcher = _submitit().SlurmJob.watcher
-    watcher.clear()
-    for job in submitted.values():
-        watcher.register_job(job)
-    return {name for name, job in submitted.items()
-            if watcher.get_state(job, mode="force").split(" ")[0] in _ALIVE}  # fmt: skip
+    if shutil.which("squeue") is None:
+        return {
+            r.name for r in runs if r.name in jobs and not read_record(directory, r).get("ended")
+        }
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{shlex.join(command)} failed: {done.stderr.strip()}; try again later")
+    queued = set(done.stdout.split())
+    return {name for name, job in jobs.items() if job in queued}
 
 
 def _parameters(directory: Path, options: SlurmOptions, parallel: int) -> dict[str, Any]:

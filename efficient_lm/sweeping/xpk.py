@@ -1,6 +1,6 @@
 """Runs as workloads of a GKE cluster with TPU slices: xpk commands, written out and, if there, run.
 
-The command line is that of xpk 1.9 (`xpk workload create --help`).
+The command line is that of xpk 1.16 (`xpk workload create --help`).
 """
 
 import shlex
@@ -30,8 +30,7 @@ class XpkOptions:
     project: str | None = None
     zone: str | None = None
     storage: Sequence[str] = ()  # names of storages that xpk attached to the cluster
-    priority: str | None = None
-    max_restarts: int | None = None  # restarts of a workload after a failure; it resumes
+    xpk: Sequence[str] = ()  # further flags of `xpk workload create`, "name=value" or "name"
     pod_workdir: str | None = None
 
     def check(self) -> None:
@@ -84,12 +83,12 @@ def create_command(run: Run, directory: Path, options: XpkOptions) -> list[str]:
         "zone": options.zone,
         "docker-image": options.docker_image,
         "base-docker-image": options.base_docker_image,
-        "priority": options.priority,
-        "max-restarts": options.max_restarts,
     }
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    storage = [f"--storage={name}" for name in options.storage]
-    return ["xpk", "workload", "create", *given, *storage, f"--command={train}"]
+    given += [f"--storage={name}" for name in options.storage]
+    given += [f"--{flag}" for flag in options.xpk]
+    # exec: the shell of the pod hands SIGTERM to what it started, which must be the training.
+    return ["xpk", "workload", "create", *given, f"--command=exec {train}"]
 
 
 def workload_name(run: Run, directory: Path) -> str:

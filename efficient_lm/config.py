@@ -67,7 +67,8 @@ class ModelConfig:
     initializer_scale: float = 0.02  # standard deviation of "normal" kinds
     dtype: Literal["bfloat16", "float32"] = "float32"  # of activations and matmuls
     scan_layers: bool = True  # False: faster steps on GPUs for a compile time linear in depth
-    remat: Literal["none", "products", "dots", "mixer", "full"] = "none"
+    remat: Literal["none", "products", "dots", "mixer", "full", "offload"] = "none"
+    ffn_tokens_at_once: int | None = None  # of a row on one device, to bound memory; None: all
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ RANGES = (
         "optimizer.accumulation_steps", "optimizer.muon_steps", "training.steps",
         "training.log_every", "training.max_nonfinite_steps", "checkpointing.every",
         "checkpointing.keep_last", "evaluation.batches", "evaluation.batch_size",
-        "parallel.heads_at_once",
+        "parallel.heads_at_once", "model.ffn_tokens_at_once",
     )),
     ("at least 0", lambda x: x >= 0, (
         "model.norm_epsilon", "model.initializer_scale", "data.prefetch", "objective.z_loss",

@@ -12,10 +12,12 @@ import pytest
 
 from efficient_lm import registry
 from efficient_lm.config import Config, ModelConfig, ObjectiveConfig
+from efficient_lm.errors import ConfigError
 from efficient_lm.model.definition import define, initialize
 from pallas_kernels._core.testing import errors_against
 from tests.mixers import cases
 from tests.mixers import test_registry_suite as suite
+from tests.parallel import test_equality as meshes
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 FILES = dict(
@@ -51,6 +53,23 @@ def test_every_example_is_new_and_short():
     root = CONTRIBUTING.parent
     assert [name for name in FILES if (root / name).exists()] == []
     assert all(len(text.splitlines()) < 100 for text in FILES.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp_tensor_data", "fsdp_ulysses", "tensor_upipe"])
+def test_the_mixer_runs_on_meshes(examples, mesh, monkeypatch):
+    monkeypatch.setitem(meshes.CASES, "decay", {"eight_heads": {"num_heads": 16}})
+    config = meshes.make_config("decay", "eight_heads", meshes.MESHES[mesh])
+    rows = config.data.batch_size
+    alone = meshes.make_config("decay", "eight_heads", {"data": 1} if rows == 8 else {})
+    meshes.assert_same(meshes.loss_and_gradients(config, 8), meshes.loss_and_gradients(alone, 1))
+
+
+def test_a_mixer_without_a_ring_says_so(examples, monkeypatch):
+    monkeypatch.setitem(meshes.CASES, "decay", {"eight_heads": {"num_heads": 8}})
+    config = meshes.make_config("decay", "eight_heads", {"ring": 8})
+    with pytest.raises(ConfigError, match="'decay' does not go along a ring"):
+        meshes.loss_and_gradients(config, 8)
 
 
 @pytest.mark.slow

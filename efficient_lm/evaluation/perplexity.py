@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from efficient_lm.config import Config
 from efficient_lm.errors import DataError
 from efficient_lm.model.definition import ModelDefinition
-from efficient_lm.parallel.loss import over_tokens
 from efficient_lm.parallel.mixing import use_mesh
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy_per_token
 
@@ -54,13 +53,12 @@ def make_scorer(
                 chunk_logits=config.objective.chunk_logits,
             )
 
-        losses, correct = over_tokens(
-            mesh,
-            config.parallel.rules,
+        losses, correct = model.over_tokens(
             per_token,
             model.unembedding(),
             hidden,
             batch["labels"],
+            dtype=hidden.dtype,
             summed=False,
         )
         weights = batch["weights"]

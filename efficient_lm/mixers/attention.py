@@ -18,6 +18,7 @@ from efficient_lm.model.context import Context
 from efficient_lm.model.norm import RMSNorm
 from efficient_lm.model.parameter import cast, constant, matrix
 from efficient_lm.model.rope import RopeConfig, rotate
+from pallas_kernels.attention.ring import ring_attention
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Attention(nnx.Module):
     head_axes: ClassVar = {"query": "heads", "key": "key_value_heads", "value": "key_value_heads",
                            "gate": "heads"}  # fmt: skip
     core_reads = ("query", "key", "value")
+    has_ring = True
 
     def __init__(self, model: ModelConfig, options: AttentionOptions, rngs: nnx.Rngs):
         self.options = options
@@ -173,7 +175,10 @@ class Attention(nnx.Module):
         if segments is not None:
             mask = mask & masks.Segments(segments, key_segments)
 
-        attended = pallas_kernels.attention(
+        attend, axis = pallas_kernels.attention, {}
+        if context.split.ring is not None:
+            attend, axis = ring_attention, {"axis_name": context.split.ring}
+        attended = attend(
             projected["query"],
             key.astype(self.dtype),
             value.astype(self.dtype),
@@ -182,6 +187,7 @@ class Attention(nnx.Module):
             soft_cap=self.options.soft_cap,
             sinks=self.sink[...] if self.options.sink else None,
             implementation=self.options.implementation,
+            **axis,
         )
         return attended, state, {}
 

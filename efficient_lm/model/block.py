@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from efficient_lm import registry
 from efficient_lm.config import LayerConfig, ModelConfig
+from efficient_lm.errors import ConfigError
 from efficient_lm.model.context import Context
 from efficient_lm.model.norm import RMSNorm
 
@@ -47,6 +48,7 @@ class Block(nnx.Module):
     def __init__(
         self, model: ModelConfig, layer: LayerConfig, mixer_options, ffn_options, rngs: nnx.Rngs
     ):
+        self.ffn_tokens_at_once = model.ffn_tokens_at_once
         self.mixer_residual = Residual(model)
         self.mixer = registry.mixer(layer.mixer)(model, mixer_options, rngs)
         if layer.ffn != "none":
@@ -68,9 +70,38 @@ class Block(nnx.Module):
         ffn_aux = {}
         if hasattr(self, "ffn"):
             entered = context.shard(self.ffn_residual.enter(x), "batch", "length", "embed")
-            branch, ffn_aux = self.ffn(entered, context)
+            branch, ffn_aux = in_pieces(self.ffn, entered, context, self.ffn_tokens_at_once)
             x = self.ffn_residual.leave(x, branch, keys[1])
         return x, state, {"mixer": mixer_aux, "ffn": ffn_aux}
+
+
+def in_pieces(
+    ffn: nnx.Module, x: Float[Array, "B T D"], context: Context, at_once: int | None
+) -> tuple[Float[Array, "B T D"], dict]:
+    """`ffn` on `at_once` tokens of a row on each device at a time, computed again for gradients.
+
+    So its hidden features need memory for these tokens only (ALST, arXiv 2506.13996).
+    """
+    devices = context.split.tokens
+    length = x.shape[1] // devices
+    if at_once is None or at_once >= length:
+        return ffn(x, context)
+    if length % at_once:
+        raise ConfigError(
+            f"config.model.ffn_tokens_at_once={at_once} does not divide the {length} tokens of a "
+            "row on each device"
+        )
+    graph, parameters = nnx.split(ffn)
+
+    def piece(x):
+        return nnx.merge(graph, parameters)(x, context)
+
+    # Piece i of every device at once: a split that leaves every token on its device.
+    split = x.reshape(len(x), devices, length // at_once, at_once, -1)
+    pieces = jnp.moveaxis(split, 2, 0).reshape(length // at_once, len(x), devices * at_once, -1)
+    y, aux = jax.lax.map(jax.checkpoint(piece, prevent_cse=False), pieces)
+    y = jnp.moveaxis(y.reshape(-1, len(x), devices, at_once, x.shape[2]), 0, 2).reshape(x.shape)
+    return y, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), aux)
 
 
 def dropout(

@@ -16,6 +16,12 @@ def no_sharding(x: Array, *axes: str | None) -> Array:
     return x
 
 
+def all_tokens(function: Callable, weight: Array, *arrays: Array, dtype: Any, summed: bool) -> Any:
+    """The default of `over_tokens`: one call of function(weight, *arrays) for all tokens."""
+    del dtype, summed
+    return function(weight, *arrays)
+
+
 def run_mixer(mixer: Any, x: Array, context: "Context", state: Any) -> tuple[Array, Any, dict]:
     """The default of `mix`: (y, new decode state or None, auxiliary values) of one device."""
     projected = mixer.project(x, context)

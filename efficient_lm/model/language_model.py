@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from efficient_lm import masks
 from efficient_lm.config import ModelConfig
 from efficient_lm.model.block import dropout
-from efficient_lm.model.context import Context, Split, no_sharding, run_mixer
+from efficient_lm.model.context import Context, Split, all_tokens, no_sharding, run_mixer
 from efficient_lm.model.norm import RMSNorm
 from efficient_lm.model.parameter import parameter
 from efficient_lm.model.stack import Stack
@@ -43,6 +43,7 @@ class LanguageModel(nnx.Module):
         self.shard = no_sharding
         self.mix = run_mixer
         self.split = Split()
+        self.over_tokens = all_tokens
         shape, axes = (config.vocabulary_size, config.embed_dim), ("vocabulary", "embed")
 
         def table():
@@ -102,7 +103,12 @@ class LanguageModel(nnx.Module):
             split=self.split,
         )
         dtype = jnp.dtype(self.config.dtype)
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+
+        def embed(table, tokens):
+            return jnp.take(table, tokens, axis=0).astype(dtype)
+
+        table = self.embedding[...]
+        x = self.over_tokens(embed, table, tokens, dtype=table.dtype, summed=False)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, dtype)
         x = self.shard(x, "batch", "residual_length", "embed")

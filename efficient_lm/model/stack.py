@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from efficient_lm.config import ModelConfig, layer_options
@@ -37,6 +38,13 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "mixer": mixers,
+    # As "full", and the inputs of layers wait in the memory of the host.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -103,6 +111,7 @@ class Stack(nnx.Module):
             graph, parameters = nnx.split(block)
 
             def run(parameters, x, context, state, key, graph=graph):
+                x = checkpoint_name(x, "layer_input")
                 return nnx.merge(graph, parameters)(x, context, state, key)
 
             if self.remat != "none":

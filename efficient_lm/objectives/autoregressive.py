@@ -13,20 +13,14 @@ from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 Objective = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
-def whole(function: Callable, weight: Float[Array, "V D"], *arrays: Array, summed: bool) -> Any:
-    """The default of `over_tokens`: one call for all tokens."""
-    del summed
-    return function(weight, *arrays)
-
-
-def autoregressive(config: ObjectiveConfig, *, over_tokens: Callable = whole) -> Objective:
+def autoregressive(config: ObjectiveConfig) -> Objective:
     """objective(model, batch, key) -> (loss, metrics): mean cross-entropy over weighted tokens.
 
     The loss, in nats a token, is (cross-entropy + z-loss) summed over the batch, divided by the
     sum of `batch["weights"]` (by 1 if no token counts), plus the model's auxiliary losses
     (`aux` entries whose name ends in "_loss"). Metrics are sums over the batch, to be added over
     microbatches: `loss_sum` is cross-entropy alone, so loss_sum / weight_sum is what perplexity
-    is made of. `over_tokens` comes from `parallel.loss`.
+    is made of.
     """
 
     def objective(
@@ -52,12 +46,13 @@ def autoregressive(config: ObjectiveConfig, *, over_tokens: Callable = whole) ->
                 implementation=config.implementation,
             )
 
-        total, metrics = over_tokens(
+        total, metrics = model.over_tokens(
             token_sums,
             model.unembedding(),
             output.hidden,
             batch["labels"],
             batch["weights"],
+            dtype=output.hidden.dtype,
             summed=True,
         )
         loss = total / jnp.maximum(metrics["weight_sum"], 1.0)

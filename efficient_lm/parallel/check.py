@@ -4,7 +4,8 @@ import math
 
 from jax.sharding import Mesh
 
-from efficient_lm.config import Config
+from efficient_lm import registry
+from efficient_lm.config import Config, layer_pattern
 from efficient_lm.errors import ConfigError
 from efficient_lm.model.definition import ModelDefinition
 from efficient_lm.parallel.rules import ROWS, TOKENS
@@ -26,6 +27,13 @@ def check_mesh(config: Config, definition: ModelDefinition, mesh: Mesh) -> None:
             )
         if at_once is not None and at_once != heads:
             make_schedule(heads, key_value_heads, tensor=tensor, devices=devices, at_once=at_once)
+    if mesh.shape["ring"] > 1:
+        for part in layer_pattern(config.model):
+            if not registry.mixer(part.mixer).has_ring:
+                raise ConfigError(
+                    f"the mixer {part.mixer!r} does not go along a ring; "
+                    "set config.parallel.ring=1 and config.parallel.sequence instead"
+                )
     for path, leaf in _parameters(definition.parameters):
         for axis, size in zip(leaf.axes, leaf.shape, strict=True):
             if axis == "ffn" and size % tensor:

@@ -6,6 +6,7 @@ a core has the tokens of its place on the ring (USP, arXiv 2405.07719).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 from efficient_lm.config import ParallelConfig
 from efficient_lm.model.context import Context, Split, no_sharding, run_mixer
 from efficient_lm.parallel.rules import ROWS, TOKENS, activation_sharder
+from efficient_lm.parallel.vocabulary import over_tokens
 
 HEADS = ("tensor", "sequence")  # the mesh axes that split the heads of a core
 HEAD_AXES = ("heads", "key_value_heads")
@@ -30,7 +32,8 @@ def make_mix(mesh: Mesh, config: ParallelConfig) -> Callable:
 
     Needs of a mixer: `head_axes` names the head axis (axis 2) of each entry that `project` gives;
     `core` reads the entries `core_reads`, and no parameter with an "embed" axis; all parts read
-    the number of heads from arrays; parameters along ("embed",) alone are added to the output.
+    the number of heads from arrays; parameters along ("embed",) alone are added to the output;
+    with `has_ring`, its core goes along the mesh axis `context.split.ring`.
     `config.heads_at_once` query heads are exchanged at a time.
     """
     exchange = Exchange(mesh)
@@ -62,6 +65,7 @@ def use_mesh(model: Any, mesh: Mesh, config: ParallelConfig) -> None:
         model.shard = activation_sharder(mesh, config.rules)
         tokens = math.prod(mesh.shape[axis] for axis in TOKENS)
         model.split = Split(tokens=tokens, features=mesh.shape["tensor"])
+        model.over_tokens = functools.partial(over_tokens, mesh, config.rules)
     if mesh.size > 1 or config.heads_at_once is not None:
         model.mix = make_mix(mesh, config)
 

@@ -148,7 +148,9 @@ def mix_in_stages(
 
     def chunk(y, scanned):
         keys, queries = scanned
-        exchanged = exchanged_of(part(keys).project(x32.astype(x.dtype), context, by_chunk))
+        exchanged = {}
+        if by_chunk:
+            exchanged = exchanged_of(part(keys).project(x32.astype(x.dtype), context, by_chunk))
 
         def stage(y, queries):
             piece = part(keys, queries)

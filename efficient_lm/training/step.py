@@ -1,6 +1,5 @@
 """One training step and one evaluation step: pure functions of pytrees."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ from jaxtyping import Array, Float
 from efficient_lm import registry
 from efficient_lm.config import Config
 from efficient_lm.model.definition import ModelDefinition
-from efficient_lm.parallel.loss import over_tokens
 from efficient_lm.parallel.mixing import use_mesh
 from efficient_lm.parallel.rules import batch_sharding
 from efficient_lm.training.optimizer import learning_rate, update_ema
@@ -30,9 +28,7 @@ def make_loss(
 
     bytes_sum: bytes of text that the weighted labels stand for, from `byte_lengths` [V].
     """
-    objective = registry.objective(config.objective.name)(
-        config.objective, over_tokens=functools.partial(over_tokens, mesh, config.parallel.rules)
-    )
+    objective = registry.objective(config.objective.name)(config.objective)
     table = np.zeros(config.model.vocabulary_size, np.float32)
     table[: len(byte_lengths)] = byte_lengths
     # Rows of one document without padding before its end need no segments under a causal mask,

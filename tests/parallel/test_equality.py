@@ -35,8 +35,17 @@ MESHES = {
     "fsdp_upipe": {"fsdp": 2, "sequence": 4, "heads_at_once": 4},
     "tensor_upipe": {"tensor": 2, "sequence": 4, "heads_at_once": 8},
     "data_upipe_local": {"data": 8, "heads_at_once": 4},
+    "ring": {"ring": 8},
+    "ring_ulysses": {"ring": 2, "sequence": 4},
+    "fsdp_ring_upipe": {"fsdp": 2, "ring": 2, "sequence": 2, "heads_at_once": 2},
 }
-ALL = [(mixer, case, mesh) for mixer, cases in CASES.items() for case in cases for mesh in MESHES]
+ALL = [
+    (mixer, case, mesh)
+    for mixer, cases in CASES.items()
+    for case in cases
+    for mesh, sizes in MESHES.items()
+    if "ring" not in sizes or registry.mixer(mixer).has_ring
+]
 
 
 def make_config(mixer: str, case: str, parallel: dict, **model) -> Config:

@@ -9,10 +9,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from efficient_lm import masks
-from efficient_lm.parallel import ring
-from efficient_lm.parallel.ring import merge, ring_attention
 from pallas_kernels._core.testing import errors_against
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attention, ring
+from pallas_kernels.attention.ring import merge, ring_attention
 
 T = 64
 SEGMENTS = jnp.array(

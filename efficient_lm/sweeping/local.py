@@ -1,5 +1,6 @@
 """Runs on this machine, a few at a time, with one sweep at most in a directory."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -33,14 +34,12 @@ def locked(directory: Path) -> Iterator[int]:
             f"cannot write {path} ({error.strerror}); give another --workdir"
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(file):
             file.seek(0)
             raise CheckpointError(
                 f"{directory} is in use by {file.read().strip() or 'a sweep'} or by a run that it "
                 "started; wait for it, stop it, or give another --workdir"
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -52,11 +51,19 @@ def in_use(directory: Path) -> bool:
     if not (directory / LOCK).exists():
         return False
     with (directory / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not _lock(file)
+
+
+def _lock(file) -> bool:
+    """Take the lock; False where another process has it. Some file systems have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True
 
 
 def run_all(

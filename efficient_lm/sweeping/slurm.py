@@ -128,19 +128,22 @@ def _parameters(directory: Path, options: SlurmOptions, parallel: int) -> dict[s
             raise ConfigError(f"--{name}={value}; it must be at least 1")
     parts = [option.partition("=") for option in options.sbatch]
     extra = {name: value or True for name, _, value in parts}
+    cpus = options.cpus_per_task
     return {
         "name": directory.name,
         "timeout_min": options.minutes,
         "nodes": options.nodes,
         "tasks_per_node": options.tasks_per_node,
         "gpus_per_node": options.gpus_per_node,
-        "cpus_per_task": options.cpus_per_task,
+        "cpus_per_task": cpus,
         "mem_gb": options.memory_gb,
         "slurm_partition": options.partition,
         "slurm_account": options.account,
         "slurm_qos": options.qos,
         "slurm_array_parallelism": parallel,
         "slurm_additional_parameters": extra or None,
+        # srun does not take it from sbatch since SLURM 22.05.
+        "slurm_srun_args": cpus and [f"--cpus-per-task={cpus}"],
     }
 
 

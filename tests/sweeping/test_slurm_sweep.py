@@ -104,8 +104,8 @@ def test_sbatch_is_given_the_options(here):
     assert flags == EXPECTED.split("\n")[1:-1]
     folder, log = directory / "slurm", directory / "slurm/%A_%a_%t_log"
     assert lines[-1] == (
-        f"srun --unbuffered --output {log}.out --error {log}.err {sys.executable} -u "
-        f"-m submitit.core._submit {folder}"
+        f"srun --unbuffered --output {log}.out --error {log}.err --cpus-per-task=12 "
+        f"{sys.executable} -u -m submitit.core._submit {folder}"
     )
 
 

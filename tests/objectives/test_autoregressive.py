@@ -11,6 +11,7 @@ from flax import nnx
 
 from efficient_lm import registry
 from efficient_lm.config import ObjectiveConfig
+from efficient_lm.model.context import all_tokens
 from efficient_lm.objectives.autoregressive import autoregressive
 
 
@@ -21,6 +22,7 @@ class Bigram(nnx.Module):
         draws = np.random.default_rng(0)
         self.embedding = nnx.Param(jnp.asarray(draws.normal(size=(13, 8)), jnp.float32))
         self.config = SimpleNamespace(logits_soft_cap=soft_cap)
+        self.over_tokens = all_tokens
         self.aux = aux or {}
         self.called_with = nnx.static({})
 

@@ -29,13 +29,13 @@ def attention(
     query without keys: what merges the outputs over parts of the keys.
     implementation: "auto", a name ("cudnn", "splash", "xla", "ref"), or names in order of
     preference; `explain` tells the choice.
-    Differentiable in q, k, v and sinks (the log-sum-exp too, by "xla" and "ref"). ValueError for
-    shapes, dtypes or masks that do not fit, and for an implementation that cannot run here.
+    Differentiable in q, k, v and sinks; with the log-sum-exp by "xla" and "ref" alone ("cudnn" has
+    no gradient of it, "splash" of neither). ValueError for shapes, dtypes or masks that do not fit,
+    and for an implementation that cannot run here.
     """
     choice = explain(
-        q, k, v, mask=mask, soft_cap=soft_cap, sinks=sinks,
-        return_log_sum_exp=return_log_sum_exp, implementation=implementation,
-    )  # fmt: skip
+        q, k, v, mask=mask, soft_cap=soft_cap, sinks=sinks, implementation=implementation
+    )
     run = choice.implementation.load()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return run(
@@ -64,7 +64,7 @@ def gradients(
     in `attention`.
     """
     _check(q, k, v, mask, None)
-    facts = _facts(q, k, mask, soft_cap, sinks=None, log_sum_exp=True)
+    facts = _facts(q, k, mask, soft_cap, sinks=None)
     choice = dispatch.choose("attention.gradients", GRADIENTS, facts, implementation)
     run = choice.implementation.load()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -80,7 +80,6 @@ def explain(
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks=None,
-    return_log_sum_exp: bool = False,
     implementation: str | tuple[str, ...] = "auto",
 ) -> dispatch.Choice:
     """Which implementation `attention` takes for these arguments, and why not the others.
@@ -88,15 +87,15 @@ def explain(
     Arrays may be jax.ShapeDtypeStruct. `str()` of the result is one line for people.
     """
     _check(q, k, v, mask, sinks)
-    facts = _facts(q, k, mask, soft_cap, sinks, return_log_sum_exp)
+    facts = _facts(q, k, mask, soft_cap, sinks)
     return dispatch.choose("attention", TABLE, facts, implementation)
 
 
-def _facts(q, k, mask, soft_cap, sinks, log_sum_exp) -> Facts:
+def _facts(q, k, mask, soft_cap, sinks) -> Facts:
     B, T, N, H = q.shape
     return Facts(
         compat.target(), q.dtype.name, B, T, k.shape[1], N, k.shape[2], H,
-        mask, soft_cap is not None, sinks is not None, log_sum_exp,
+        mask, soft_cap is not None, sinks is not None,
     )  # fmt: skip
 
 

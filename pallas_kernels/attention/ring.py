@@ -1,9 +1,4 @@
-"""Ring attention (arXiv 2310.01889): tokens stay on their devices, keys and values go round.
-
-A causal mask would leave the first device idle for most of the time. So each device takes two of 2R
-chunks of tokens, an early and a late one (zig-zag, as in the context parallelism of Llama 3, arXiv
-2407.21783): then every hop costs every device two of four blocks, which are causal or full.
-"""
+"""Ring attention (arXiv 2310.01889): tokens stay on their devices, keys and values go round."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -34,6 +29,11 @@ def ring_attention(
     To be called inside jax.shard_map(..., check_vma=False). The arrays, and the segments of `mask`,
     are each device's contiguous T tokens, in the order of the axis; the mask speaks of the whole
     sequence and has no index arrays. Its prefix lengths and `sinks` are the same on all devices.
+
+    A causal mask would leave the first device idle for most of the time. So each of R devices takes
+    two of 2R chunks of tokens, an early and a late one (zig-zag, as in the context parallelism of
+    Llama 3, arXiv 2407.21783): every hop then costs every device two of four blocks, and kernels
+    see causal and full masks alone.
 
     Nothing but q, k, v, the output and its log-sum-exp is kept for the backward pass, in which keys
     and values go round once more, with their gradients in fp32. A window ends the round when the

@@ -25,7 +25,6 @@ class Facts:
     mask: Mask
     soft_cap: bool
     sinks: bool
-    log_sum_exp: bool = False
 
     @property
     def static_term(self) -> Term | None:

@@ -14,6 +14,7 @@ from efficient_lm.errors import ConfigError
 Expression = tuple[Mapping[str, Any], ...]
 Distribution = Callable[[np.random.Generator], Any]
 
+METRICS = ("loss", "bits_per_byte")  # of the validation split; lower is better
 _DIGITS = 4  # of sampled numbers, so that they can be read and typed
 
 
@@ -23,7 +24,11 @@ class Sweep:
 
     config: str  # the file, and its argument if any: configs/llama3.py:1b
     runs: Expression
-    metric: str = "loss"  # of the validation split, lower is better
+    metric: str = "loss"  # of METRICS
+
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise ConfigError(f"metric={self.metric!r} of a sweep; allowed: {', '.join(METRICS)}")
 
 
 def over(field: str, values: Iterable[Any]) -> Expression:

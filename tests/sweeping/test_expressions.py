@@ -4,6 +4,7 @@ import pytest
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.sweeping import (
+    Sweep,
     chain,
     choice,
     log_uniform,
@@ -53,6 +54,7 @@ def test_samples_are_seeded_and_grow():
         (lambda: uniform(1, 1), ["uniform(1, 1)", "low < high"]),
         (lambda: log_uniform(0, 1), ["log_uniform(0, 1)", "0 < low"]),
         (lambda: choice([]), ["no values"]),
+        (lambda: Sweep("configs/debug.py", A, metric="los"), ["'los'", "loss, bits_per_byte"]),
     ],
 )
 def test_what_means_nothing_is_refused(make, words):

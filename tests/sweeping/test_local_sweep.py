@@ -1,6 +1,7 @@
 """The local launcher with quick stand-ins for training: failures, signals, locks, results."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -131,6 +132,16 @@ def test_a_changed_file_adds_runs_and_keeps_old_ones(stand_in, tmp_path, capsys)
         (0, True), (4, True), (3, False)]  # fmt: skip
     assert capsys.readouterr().out.count("(old)") == 2  # the run, and what it means
     assert len(read_index(directory)) == 3
+
+
+def test_a_run_that_now_has_more_steps_goes_on(stand_in, tmp_path, capsys):
+    directory, (run,) = tmp_path / "sweep", runs_of([0])
+    start([run], directory)
+    longer = dataclasses.replace(run, steps=20)
+    state = state_of(directory, longer)
+    assert (state.status, state.step, state.exit_code) == ("stopped", 10, 0)
+    start([longer], directory)
+    assert "1 runs, 1 to start" in capsys.readouterr().out
 
 
 def test_a_changed_config_is_told(stand_in, tmp_path, capsys):

@@ -138,6 +138,7 @@ def _collective(match, computation: str, times: int, mesh_shape) -> Collective |
     else:
         group = tuple(int(i) for i in groups[0])
         axes, whole = axes_of(group, mesh_shape)
+        whole |= kind == "collective-permute"  # of which the group is a pair
     if len(group) < 2:
         return None
     if kind == "reduce-scatter":

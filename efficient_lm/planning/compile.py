@@ -55,22 +55,25 @@ class Program:
 class Compiled:
     """What the compiler made of a program; bytes are of one device.
 
-    temporaries, code: bytes. fits: whether the compiler accepted it. largest: the largest buffers
-    of temporaries, (bytes, arrays that take turns in it). text: HLO after optimization, or None
-    where it cannot be read, and then `text_source` says why.
+    fits: whether the compiler accepted it; if not, `arguments` is None and `temporaries` what it
+    asked for. largest: the largest buffers of temporaries, (bytes, arrays that take turns in it).
+    text: HLO after optimization, or None where it cannot be read. source: of text.
     """
 
     fits: bool
+    arguments: int | None
     temporaries: int
     code: int
     largest: list[tuple[int, str]]
     text: str | None
-    text_source: str
+    source: str
     seconds: float
 
 
-def train_program(config: Config, topology: Topology) -> Program:
-    """The very step that training takes, on the mesh of `config.parallel` over the topology.
+def train_inputs(
+    config: Config, topology: Topology
+) -> tuple[Mesh, ModelDefinition, dict[str, Any]]:
+    """(mesh, definition, arguments of a training step as in `Program.inputs`); nothing is traced.
 
     ConfigError where mesh, rows or tokens do not divide.
     """
@@ -82,23 +85,26 @@ def train_program(config: Config, topology: Topology) -> Program:
     definition = define(config.model)
     optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
     state = abstract_state(make_initializer(config, definition, optimizer), definition, mesh)
-    sharding = batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            (data.batch_size, data.sequence_length), x.dtype, sharding=sharding
-        )
+    inputs = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    shape, sharding = (data.batch_size, data.sequence_length), batch_sharding(mesh)
+    inputs["batch"] = {
+        name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
         for name, x in empty_batch(1, 1).items()
     }
-    step = make_train_step(
-        config, definition, optimizer, mesh, np.ones(config.model.vocabulary_size, np.int32)
-    )
+    return mesh, definition, inputs
+
+
+def train_program(config: Config, topology: Topology) -> Program:
+    """The very step that training takes, on the mesh of `config.parallel` over the topology."""
+    mesh, definition, inputs = train_inputs(config, topology)
+    optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
+    lengths = np.ones(config.model.vocabulary_size, np.int32)
+    step = make_train_step(config, definition, optimizer, mesh, lengths)
+    state = TrainState(**{name: inputs[name] for name in TrainState.__dataclass_fields__})
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(step, donate_argnums=0).trace(state, batch)
-    inputs = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
-    inputs["batch"] = batch
-    return Program(
-        "train", mesh, definition, inputs, data.batch_size * data.sequence_length, traced
-    )
+        traced = jax.jit(step, donate_argnums=0).trace(state, inputs["batch"])
+    tokens = config.data.batch_size * config.data.sequence_length
+    return Program("train", mesh, definition, inputs, tokens, traced)
 
 
 def decode_program(config: Config, topology: Topology, batch: int, context: int) -> Program:
@@ -152,40 +158,40 @@ def decode_program(config: Config, topology: Topology, batch: int, context: int)
 
 def compile_program(program: Program, topology: Topology) -> Compiled:
     """Compile it; a program that is too large for the memory is a result too, not an error."""
-    begin = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
-        lowered = program.traced.lower()
-    if topology.local:
-        compiled = lowered.compile()
-        seconds = time.perf_counter() - begin
-        analysis = compiled.memory_analysis()
-        text = compiled.as_text()
-        return Compiled(
-            True, analysis.temp_size_in_bytes, analysis.generated_code_size_in_bytes, [], text,
-            "HLO of the compiled program", seconds,
-        )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
-        # Written files can be read for every chip and even where the program does not fit, which
-        # `as_text` cannot do in JAX 0.10.
+        # Written files can be read for every chip, and also where the program does not fit;
+        # `as_text` of JAX 0.10 cannot.
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
-        needed, code = None, 0
+        begin = time.perf_counter()
+        needed = None
         try:
-            analysis = lowered.compile(compiler_options=options).memory_analysis()
-            temporaries, code = analysis.temp_size_in_bytes, analysis.generated_code_size_in_bytes
+            with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+                lowered = program.traced.lower()
+            compiled = lowered.compile(compiler_options=None if topology.local else options)
         except jax.errors.JaxRuntimeError as error:
             needed = _needed(str(error))
             if needed is None:
                 raise
-            temporaries = needed
         seconds = time.perf_counter() - begin
+        if topology.local:
+            text, source = compiled.as_text(), "HLO of the compiled program"
+        else:
+            text = _read(Path(directory), "*after_optimizations.txt")
+            source = "no HLO could be read" if text is None else "HLO that the compiler wrote"
         total, largest = _memory_report(Path(directory))
-        text = _read(Path(directory), "*after_optimizations.txt")
     if needed is not None:
-        temporaries = total or needed
+        return Compiled(False, None, total or needed, 0, largest, text, source, seconds)
+    analysis = compiled.memory_analysis()
     return Compiled(
-        needed is None, temporaries, code, largest, text,
-        "HLO that the compiler wrote" if text else "no HLO could be read", seconds,
-    )  # fmt: skip
+        True,
+        analysis.argument_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.generated_code_size_in_bytes,
+        largest,
+        text,
+        source,
+        seconds,
+    )
 
 
 def bytes_per_device(tree: Any) -> int:

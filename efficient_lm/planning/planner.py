@@ -55,7 +55,7 @@ def make_plan(
     if compiled.text is not None:
         collectives, unread = read_collectives(compiled.text, program.mesh.shape)
         notes |= unread
-    rows = roofline.by_axis(collectives, program.mesh, topology)
+    rows = roofline.by_axis(collectives, list(program.mesh.devices.flat), topology)
     link = None if any(row["seconds"] is None for row in rows) else sum(r["seconds"] for r in rows)
     seconds = roofline.bounds(topology, flops, traffic, link)
     return {
@@ -92,7 +92,7 @@ def make_plan(
             "source": f"{JAXPR}: operands and results of products, kernels and gathers, and the "
             "state, once each; element-wise work is taken as fused",
         },
-        "collectives": {"rows": rows, "source": compiled.text_source},
+        "collectives": {"rows": rows, "source": compiled.source},
         "roofline": {
             "seconds": seconds,
             "tokens_per_second": program.tokens / seconds["overlapped"],
@@ -115,12 +115,12 @@ def model_flops_per_step(config: Config, program: Program, decode: tuple[int, in
 
 
 def memory_table(
-    program: Program, compiled, saved: float, available: float | None
+    program: Program, compiled, saved: float | int, available: float | int | None
 ) -> dict[str, Any]:
     """Bytes of a device by kind, whether they fit, and the largest kind."""
     rows = []
 
-    def add(kind: str, size: float, of: str, source: str) -> None:
+    def add(kind: str, size: float | int, of: str, source: str) -> None:
         rows.append({"kind": kind, "bytes": int(size), "of": of, "source": source})
 
     sizes = {name: bytes_per_device(tree) for name, tree in program.inputs.items()}
@@ -129,8 +129,11 @@ def memory_table(
     for name in ("parameters", "optimizer", "average", "cache", "batch"):
         if sizes.get(name):
             add(name, sizes[name], "arguments", ARITHMETIC)
+    rows[0]["bytes"] += sum(sizes[name] for name in small)  # counters and keys
+    if compiled.arguments is not None:
+        padding = max(0, compiled.arguments - sum(row["bytes"] for row in rows))
+        add("padding of these", padding, "arguments", COMPILER)
     if program.kind == "train":
-        rows[0]["bytes"] += sum(sizes[name] for name in small)  # counters and keys
         gradients = min(sizes["parameters"], compiled.temporaries)
         saved = min(saved, compiled.temporaries - gradients)
         add("gradients", gradients, "temporaries", f"{ARITHMETIC}: placed as parameters are")

@@ -1,7 +1,7 @@
 """A plan kept: JSON, and a picture of memory and times."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ from efficient_lm.planning.tables import duration, parameters, size, verdict
 
 COLORS = {
     "parameters": "#3b6ea8", "optimizer": "#7aa6d6", "average": "#b5cfeb", "cache": "#5b8c5a",
-    "batch": "#9aa0a6", "gradients": "#c4622d", "saved activations": "#e0935f",
-    "other temporaries": "#f0c9a8", "temporaries": "#f0c9a8", "program": "#d0d4d9",
+    "batch": "#9aa0a6", "padding of these": "#9aa0a6", "gradients": "#c4622d",
+    "saved activations": "#e0935f", "other temporaries": "#f0c9a8", "temporaries": "#f0c9a8",
+    "program": "#d0d4d9",
 }  # fmt: skip
 
 
@@ -21,6 +22,14 @@ def write_report(plan: Mapping[str, Any], directory: Path) -> list[Path]:
     paths[0].write_text(json.dumps(plan, indent=1) + "\n")
     draw(plan, paths[1])
     return paths
+
+
+def write_search(rows: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
+    """Write search.json, the ranked variants with the plans of those compiled; its path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "search.json"
+    path.write_text(json.dumps(list(rows), indent=1) + "\n")
+    return [path]
 
 
 def draw(plan: Mapping[str, Any], path: Path) -> None:

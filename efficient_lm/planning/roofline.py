@@ -5,14 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jax.sharding import Mesh
 
 from efficient_lm.planning.collectives import Collective
 from efficient_lm.planning.topologies import Topology
 
 
-def link_seconds(collective: Collective, mesh: Mesh, topology: Topology) -> float | None:
-    """Least seconds of one run of a collective; None where the links are not known.
+def link_seconds(collective: Collective, devices: Sequence, topology: Topology) -> float | None:
+    """Least seconds of one run of a collective among `devices`, which are in the order of the mesh.
+
+    None where the links are not known.
 
     A chip has two links along each axis of the torus. With b bytes (of `Collective`), p chips in a
     group, k axes and w bytes/s a link one way: gathering or reduce-scattering takes
@@ -27,8 +28,8 @@ def link_seconds(collective: Collective, mesh: Mesh, topology: Topology) -> floa
     share = size
     if kind not in ("all-to-all", "ragged-all-to-all", "collective-permute"):
         share *= (members - 1) / members * (2 if kind == "all-reduce" else 1)
-    devices = [mesh.devices.flat[i] for i in collective.group]
-    slices = len({getattr(device, "slice_index", None) for device in devices})
+    group = [devices[i] for i in collective.group]
+    slices = len({getattr(device, "slice_index", None) for device in group})
     seconds = 0.0
     if slices > 1:
         # Each device brings its part of the group's array across; parts within a slice differ.
@@ -39,7 +40,7 @@ def link_seconds(collective: Collective, mesh: Mesh, topology: Topology) -> floa
         return None
     if not chip.torus:
         return seconds + share / chip.link_bandwidth
-    return seconds + share * _seconds_per_byte(kind, devices, topology)
+    return seconds + share * _seconds_per_byte(kind, group, topology)
 
 
 def _seconds_per_byte(kind: str, devices: Sequence, topology: Topology) -> float:
@@ -88,7 +89,7 @@ def bounds(
 
 
 def by_axis(
-    collectives: Sequence[Collective], mesh: Mesh, topology: Topology
+    collectives: Sequence[Collective], devices: Sequence, topology: Topology
 ) -> list[Mapping[str, object]]:
     """Rows by kind and mesh axes: bytes a device and step, number, seconds."""
     rows: dict[tuple, dict] = {}
@@ -100,7 +101,7 @@ def by_axis(
         )
         row["count"] += one.times
         row["bytes"] += one.bytes * one.times
-        seconds = link_seconds(one, mesh, topology)
+        seconds = link_seconds(one, devices, topology)
         known = row["seconds"] is not None and seconds is not None
         row["seconds"] = row["seconds"] + seconds * one.times if known else None
     return sorted(rows.values(), key=lambda row: -row["bytes"])

@@ -8,7 +8,7 @@ from efficient_lm.planning.topologies import GIB
 
 def text(plan: Mapping[str, Any]) -> str:
     """The tables that the command prints."""
-    parts = [_title(plan), _memory(plan["memory"]), _work(plan), _collectives(plan), _times(plan)]
+    parts = [_title(plan), _memory(plan), _work(plan), _collectives(plan), _times(plan)]
     parts += [f"note: {note}" for note in plan["notes"]]
     return "\n\n".join(parts)
 
@@ -28,7 +28,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([one(header), "  ".join("-" * w for w in widths), *map(one, rows)])
 
 
-def size(count: float) -> str:
+def size(count: float | int) -> str:
     """Bytes in a readable unit."""
     for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
@@ -36,7 +36,7 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | int | None) -> str:
     """Seconds in a readable unit; a question mark for None."""
     if seconds is None:
         return "?"
@@ -79,7 +79,8 @@ def _title(plan) -> str:
     )
 
 
-def _memory(memory) -> str:
+def _memory(plan) -> str:
+    memory = plan["memory"]
     share = memory["available"] or memory["total"]
     rows = [
         [row["kind"], size(row["bytes"]), f"{100 * row['bytes'] / share:.1f}%", row["source"]]
@@ -92,9 +93,32 @@ def _memory(memory) -> str:
             f"  {size(row['bytes'])}: {row['arrays'][:100]}"
             for row in memory["largest_temporaries"][:3]
         ]
-    if memory.get("advice"):
-        lines.append(f"nearest change that would fit: {memory['advice']}")
+        lines.append(f"nearest change that would fit: {plan['advice']}")
     return "\n".join(lines)
+
+
+def search_text(rows: Sequence[Mapping[str, Any]], shown: int = 12) -> str:
+    """The first rows of `search.search`, best first."""
+    lines = []
+    for row in rows[:shown]:
+        mesh = ", ".join(f"{axis}={n}" for axis, n in row["mesh"].items() if n > 1)
+        seconds, plan = row["seconds"], row.get("plan")
+        mfu = f"{100 * plan['roofline']['mfu_bound']:.1f}%" if plan else ""
+        lines.append(
+            [mesh or "one device", str(row["accumulation_steps"]), row["remat"],
+             "yes" if row["fits"] else "no", size(row["memory"]), duration(seconds["compute"]),
+             duration(seconds["memory"]), duration(seconds["interconnect"]),
+             duration(seconds["overlapped"]), mfu, "compiled" if plan else "estimated"]
+        )  # fmt: skip
+    header = ["mesh", "microbatches", "remat", "fits", "a device", "compute", "memory", "links",
+              "step", "MFU", "source"]  # fmt: skip
+    best = rows[0]
+    end = f"{len(rows)} variants; times are lower bounds"
+    if best["fits"]:
+        end += f". The first: {' '.join(best['flags']) or 'as given'}"
+    else:
+        end += "; none fits"
+    return table(header, lines) + "\n" + end
 
 
 def _work(plan) -> str:

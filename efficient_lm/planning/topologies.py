@@ -26,7 +26,7 @@ class Chip:
     a multiple of so many chips is closed to a ring. largest: chips of a pod.
     """
 
-    memory: float | None
+    memory: float | int | None
     flops: float
     memory_bandwidth: float | None
     link_bandwidth: float | None

@@ -22,8 +22,8 @@ def advise(config: Config, topology: Topology, plan: dict[str, Any]) -> str:
     """The nearest change of a training step that does not fit which does, as flags.
 
     Changes of one field come first: less kept for the backward pass, more microbatches, parameters
-    split over more devices; then two of them; then fewer rows; then a larger slice. Estimates
-    choose, scaled by how far the given plan is from its own; the compiler decides.
+    split over more devices; then two of them; then activations on the host, fewer rows, a larger
+    slice. Estimates choose, scaled by how far the given plan is from its own; the compiler decides.
     """
     estimator = Estimator(config, topology)
     off = max(plan["memory"]["total"] / estimator(config).total, 1.0)
@@ -111,7 +111,8 @@ def changes(config: Config, devices: int) -> Iterator[Config]:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
 
     rows = config.data.batch_size
-    less = REMAT[: REMAT.index(config.model.remat)][::-1]
+    offloads = config.model.remat == "offload"
+    less = () if offloads else REMAT[: REMAT.index(config.model.remat)][::-1]
     factors = [f for f in (2, 4, 8, 16, 32, 64)
                if rows % (f * config.optimizer.accumulation_steps) == 0]  # fmt: skip
     whole = config.parallel.data != 1
@@ -127,6 +128,9 @@ def changes(config: Config, devices: int) -> Iterator[Config]:
         if whole:
             yield split(micro(config, factor))
             yield from (remat(split(micro(config, factor)), policy) for policy in less)
+    if not offloads:
+        yield remat(config, "offload")
+        yield from (remat(micro(config, factor), "offload") for factor in factors)
     smaller = rows // 2
     while smaller and smaller >= devices:
         yield remat(batch(config, smaller), "full")

@@ -18,14 +18,10 @@ from efficient_lm.data.batch import empty_batch
 from efficient_lm.errors import ConfigError
 from efficient_lm.inference.load import abstract_arrays
 from efficient_lm.model.definition import ModelDefinition, define
+from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import make_mesh
-from efficient_lm.parallel.rules import (
-    ROWS,
-    TOKENS,
-    activation_sharder,
-    batch_sharding,
-    parameter_shardings,
-)
+from efficient_lm.parallel.mixing import use_mesh
+from efficient_lm.parallel.rules import ROWS, TOKENS, batch_sharding, parameter_shardings
 from efficient_lm.planning.topologies import Topology
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.state import TrainState, abstract_state, make_initializer
@@ -56,14 +52,16 @@ class Compiled:
     """What the compiler made of a program; bytes are of one device.
 
     fits: whether the compiler accepted it; if not, `arguments` is None and `temporaries` what it
-    asked for. largest: the largest buffers of temporaries, (bytes, arrays that take turns in it).
-    text: HLO after optimization, or None where it cannot be read. source: of text.
+    asked for. host: bytes that wait in the memory of the host. largest: the largest buffers of
+    temporaries, (bytes, arrays that take turns in it). text: HLO after optimization, or None where
+    it cannot be read. source: of text.
     """
 
     fits: bool
     arguments: int | None
     temporaries: int
     code: int
+    host: int
     largest: list[tuple[int, str]]
     text: str | None
     source: str
@@ -75,16 +73,15 @@ def train_inputs(
 ) -> tuple[Mesh, ModelDefinition, dict[str, Any]]:
     """(mesh, definition, arguments of a training step as in `Program.inputs`); nothing is traced.
 
-    ConfigError where mesh, rows or tokens do not divide.
+    ConfigError where mesh, rows, tokens, heads or features do not divide.
     """
     mesh = make_mesh(config.parallel, topology.devices)
-    data = config.data
-    rows = data.batch_size // config.optimizer.accumulation_steps
-    _check_divides("rows (data.batch_size / optimizer.accumulation_steps)", rows, mesh, ROWS)
-    _check_divides("tokens of a row (data.sequence_length)", data.sequence_length, mesh, TOKENS)
     definition = define(config.model)
+    check_mesh(config, definition, mesh)
     optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
-    state = abstract_state(make_initializer(config, definition, optimizer), definition, mesh)
+    initial = make_initializer(config, definition, optimizer)
+    state = abstract_state(initial, definition, mesh, config.parallel.rules)
+    data = config.data
     inputs = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
     shape, sharding = (data.batch_size, data.sequence_length), batch_sharding(mesh)
     inputs["batch"] = {
@@ -115,7 +112,17 @@ def decode_program(config: Config, topology: Topology, batch: int, context: int)
     its heads over `tensor`. ConfigError where rows do not divide or the context is too long.
     """
     mesh = make_mesh(config.parallel, topology.devices)
-    _check_divides("rows (--batch)", batch, mesh, ROWS)
+    copies = math.prod(mesh.shape[axis] for axis in ROWS)
+    if batch % copies:
+        raise ConfigError(
+            f"--batch={batch} rows cannot be split over {copies} devices ({', '.join(ROWS)}); "
+            f"make it a multiple of {copies}"
+        )
+    if any(mesh.shape[axis] > 1 for axis in TOKENS):
+        raise ConfigError(
+            "a step of decoding has one token a row, which no mesh axis can split; set "
+            "config.parallel.sequence and ring to 1"
+        )
     if not 1 <= context <= config.model.max_length:
         raise ConfigError(
             f"--context={context}; allowed: 1 to config.model.max_length={config.model.max_length}"
@@ -130,8 +137,7 @@ def decode_program(config: Config, topology: Topology, batch: int, context: int)
 
     def model_of(arrays):
         model = definition.bind(arrays)
-        if mesh.size > 1:
-            model.shard = activation_sharder(mesh, config.parallel.rules)
+        use_mesh(model, mesh, config.parallel)
         return model
 
     def step(arrays, state, token):
@@ -180,13 +186,14 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
             source = "no HLO could be read" if text is None else "HLO that the compiler wrote"
         total, largest = _memory_report(Path(directory))
     if needed is not None:
-        return Compiled(False, None, total or needed, 0, largest, text, source, seconds)
+        return Compiled(False, None, total or needed, 0, 0, largest, text, source, seconds)
     analysis = compiled.memory_analysis()
     return Compiled(
         True,
         analysis.argument_size_in_bytes,
         analysis.temp_size_in_bytes,
         analysis.generated_code_size_in_bytes,
+        analysis.host_temp_size_in_bytes,
         largest,
         text,
         source,
@@ -200,15 +207,6 @@ def bytes_per_device(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _check_divides(what: str, size: int, mesh: Mesh, axes: tuple[str, ...]) -> None:
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    if size % parts:
-        raise ConfigError(
-            f"{size} {what} cannot be split over {parts} devices ({' x '.join(axes)}); "
-            f"make it a multiple of {parts}"
-        )
 
 
 def _needed(message: str) -> int | None:

@@ -175,6 +175,11 @@ def _bytes(aval) -> float:
     return float(aval.size * aval.dtype.itemsize) if hasattr(aval, "shape") else 0.0
 
 
+def _on_host(aval) -> bool:
+    """Whether an array waits in the memory of the host."""
+    return "host" in str(getattr(aval, "memory_space", "")).lower()
+
+
 def _scan(work: Work, equation, given: list[_Known]) -> list[_Known]:
     parameters = equation.params
     closed, length = parameters["jaxpr"], parameters["length"]
@@ -188,7 +193,9 @@ def _scan(work: Work, equation, given: list[_Known]) -> list[_Known]:
     work.add(inside, length)
     if parameters["reverse"]:
         xs = zip(equation.invars[consts + carry :], given[consts + carry :], strict=True)
-        work.saved_bytes += sum(_bytes(atom.aval) for atom, k in xs if k.stacked and k.split)
+        work.saved_bytes += sum(
+            _bytes(atom.aval) for atom, k in xs if k.stacked and k.split and not _on_host(atom.aval)
+        )
     stacked = not parameters["reverse"]
     return [_Known(o.split, stacked=stacked and i >= carry) for i, o in enumerate(outputs)]
 

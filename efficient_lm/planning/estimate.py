@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from efficient_lm.config import Config, ParallelConfig
 from efficient_lm.model.definition import ModelDefinition, define
+from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import axis_sizes, make_mesh
 from efficient_lm.parallel.rules import ROWS, TOKENS, parameter_shardings
 from efficient_lm.planning.collectives import Collective
@@ -71,8 +72,9 @@ class Estimator:
         return self._costs[remat]
 
     def __call__(self, config: Config) -> Estimate:
-        """The estimate for a variant; ConfigError where its mesh does not divide the devices."""
+        """The estimate for a variant; ConfigError where something does not divide."""
         topology, model = self.topology, config.model
+        check_mesh(config, self.definition, self._mesh(config.parallel))
         flops, saved, split, whole = self.costs(config)
         sizes = axis_sizes(config.parallel, len(topology.devices))
         rows, tokens_split = (math.prod(sizes[a] for a in axes) for axes in (ROWS, TOKENS))

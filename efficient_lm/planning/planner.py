@@ -150,6 +150,7 @@ def memory_table(
         "total": total,
         "available": available,
         "fits": compiled.fits and (available is None or total <= available),
+        "host": compiled.host,
         "largest": max(rows, key=lambda row: row["bytes"])["kind"],
         "largest_temporaries": [{"bytes": b, "arrays": text} for b, text in compiled.largest],
     }

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from efficient_lm.config import Config, layer_options
+from efficient_lm.config import Config
 from efficient_lm.errors import ConfigError
 from efficient_lm.model.stack import REMAT_POLICIES
 from efficient_lm.planning.estimate import Estimate, Estimator
@@ -17,9 +17,10 @@ COMPILED = 3
 # Share of the memory that an estimate may fill: what compiled was up to 6% more than estimated.
 MARGIN = 0.93
 TENSOR = (1, 2, 4, 8)
-# Policies of remat from what keeps least.
+# Policies of remat from what keeps least. "offload" is none of them: what it costs is the time of
+# the link to the host, which no bound here knows.
 REMAT = ("full", "mixer", "dots", "products", "none")
-assert set(REMAT) == {*REMAT_POLICIES, "none"}
+assert {*REMAT, "offload"} == {*REMAT_POLICIES, "none"}
 
 
 class Variant(NamedTuple):
@@ -69,23 +70,22 @@ def variants(config: Config, topology: Topology, estimator: Estimator) -> Iterat
     }  # of policies that come to the same, the one that names least
     for parallel in meshes(config, len(topology.devices) // slices):
         for steps in divisors(rows):
-            split = slices * parallel["data"] * parallel["fsdp"]
-            if rows % (steps * split):
+            if rows % (steps * slices * parallel["data"] * parallel["fsdp"]):
                 continue
             for remat in policies.values():
-                yield variant(config, estimator, parallel, steps, remat)
+                try:
+                    yield variant(config, estimator, parallel, steps, remat)
+                except ConfigError:
+                    break  # heads, tokens or features do not divide
 
 
 def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
-    """Sizes of the axes inside a slice, of which tensor divides all heads."""
-    heads = _heads(config)
+    """Sizes of the axes inside a slice; sequence only where rows are fewer than devices."""
     scarce = config.data.batch_size < devices
     for tensor in TENSOR:
-        if devices % tensor or any(n % tensor for n in heads):
+        if devices % tensor:
             continue
         for sequence in divisors(devices // tensor) if scarce else (1,):
-            if any(n % sequence for n in heads) or config.data.sequence_length % sequence:
-                continue
             for fsdp in divisors(devices // tensor // sequence):
                 data = devices // tensor // sequence // fsdp
                 yield {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
@@ -130,16 +130,6 @@ def fits(estimate: Estimate, topology: Topology) -> bool:
     """Whether it is expected to fit, with some room for what an estimate leaves out."""
     memory = topology.chip.memory
     return memory is None or estimate.total <= MARGIN * memory
-
-
-def _heads(config: Config) -> list[int]:
-    """Numbers of heads of every mixer, where it has such options."""
-    numbers = []
-    for _, options, _ in layer_options(config.model):
-        for name in ("num_heads", "num_key_value_heads"):
-            value = getattr(options, name, None)
-            numbers += [] if value is None else [value]
-    return numbers
 
 
 def _order(seconds: dict[str, Any]) -> tuple[float, float]:

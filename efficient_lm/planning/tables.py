@@ -88,6 +88,8 @@ def _memory(plan) -> str:
     ]
     rows.append(["total", size(memory["total"]), f"{100 * memory['total'] / share:.1f}%", ""])
     lines = [table(["memory of a device", "bytes", "share", "source"], rows), verdict(memory)]
+    if memory["host"]:
+        lines.append(f"in the memory of the host, for each device: {size(memory['host'])}")
     if not memory["fits"]:
         lines += [
             f"  {size(row['bytes'])}: {row['arrays'][:100]}"

@@ -17,6 +17,7 @@ from efficient_lm.sweeping.attempts import LOGS, Attempt, read_record
 from efficient_lm.sweeping.runs import Run, replace_text
 
 FOLDER = "slurm"  # in the directory of the sweep: what submitit keeps
+_WARNING = 300  # seconds before the limit at which a run is told to save
 _REQUEUES = 1000  # after time limits
 
 
@@ -141,6 +142,7 @@ def _parameters(directory: Path, options: SlurmOptions, parallel: int) -> dict[s
         "slurm_account": options.account,
         "slurm_qos": options.qos,
         "slurm_array_parallelism": parallel,
+        "slurm_signal_delay_s": min(_WARNING, 30 * options.minutes),
         "slurm_additional_parameters": extra or None,
         # srun does not take it from sbatch since SLURM 22.05.
         "slurm_srun_args": cpus and [f"--cpus-per-task={cpus}"],

@@ -72,8 +72,10 @@ def submit(runs: Sequence[Run], directory: Path, options: XpkOptions) -> tuple[P
 
 
 def create_command(run: Run, directory: Path, options: XpkOptions) -> list[str]:
-    """`xpk workload create` for one run."""
+    """`xpk workload create` for one run; ConfigError for a value with a line break."""
     train = shlex.join(["python", *run.arguments(options.pod_workdir)])
+    if "\n" in train:
+        raise ConfigError(f"{run.name}: xpk takes no line breaks; leave them out of the settings")
     flags = {
         "workload": workload_name(run, directory),
         "cluster": options.cluster,

@@ -84,7 +84,7 @@ EXPECTED = """
 #SBATCH --open-mode=append
 #SBATCH --partition=gpu
 #SBATCH --qos=high
-#SBATCH --signal=USR2@90
+#SBATCH --signal=USR2@300
 #SBATCH --time=60
 #SBATCH --wckey=submitit
 """

@@ -92,6 +92,13 @@ def test_a_run_is_submitted_once_and_again_under_another_name(runs, installed, c
         start(runs, directory, retry=True)
 
 
+def test_a_line_break_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    runs = plan(Sweep("configs/debug.py", over("training.sample_prompt", ["a\nb"])))
+    with pytest.raises(ConfigError, match="no line breaks"):
+        start(runs, tmp_path / "sweep")
+
+
 @pytest.mark.parametrize("name", ["9_UPPER case", "x" * 60, "---", "läufe"])
 def test_names_are_such_as_xpk_allows(runs, name, tmp_path):
     workload = xpk.workload_name(runs[0], tmp_path / name)

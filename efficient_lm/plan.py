@@ -3,6 +3,8 @@
 `python -m efficient_lm.plan --config=configs/llama3.py:8b --topology=v5p:8x8x8`
 """
 
+import shlex
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -60,8 +62,15 @@ def _plan(config, topology, directory: Path | None) -> list[Path]:
     plan = make_plan(config, topology, decode=decode)
     if not plan["memory"]["fits"]:
         plan["advice"] = advise_decoding(plan) if decode else advise(config, topology, plan)
+    plan["command"] = _command()
     print(text(plan))
     return [] if directory is None else write_report(plan, directory)
+
+
+def _command() -> str:
+    """The line that made the plan, without where it is kept."""
+    given = [a for a in sys.argv[1:] if not a.startswith(("--out=", "--noout"))]
+    return shlex.join(["python", "-m", "efficient_lm.plan", *given])
 
 
 def _search(config, topology, directory: Path | None) -> list[Path]:
@@ -72,7 +81,8 @@ def _search(config, topology, directory: Path | None) -> list[Path]:
 
     rows = search(config, topology)
     print(search_text(rows))
-    return [] if directory is None else write_search(rows, directory)
+    found = {"command": _command(), "rows": rows}
+    return [] if directory is None else write_search(found, directory)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def _equation(work: Work, equation, given: list[_Known]) -> list[_Known] | None:
         mesh, manual = parameters["mesh"], parameters["newly_manual_axes"]
         inside, outputs = _visit(parameters["jaxpr"], (), given)
         devices = math.prod(mesh.shape[axis] for axis in manual)
+        # Bytes inside are of one device already, also those of weights that it gathered.
+        inside.split_bytes, inside.whole_bytes = inside.split_bytes + inside.whole_bytes, 0.0
         work.add(inside, devices)
         work.saved_bytes += inside.saved_bytes * (devices - 1)
         return outputs

@@ -1,7 +1,7 @@
 """A plan kept: JSON, and a picture of memory and times."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ def write_report(plan: Mapping[str, Any], directory: Path) -> list[Path]:
     return paths
 
 
-def write_search(rows: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
+def write_search(found: Mapping[str, Any], directory: Path) -> list[Path]:
     """Write search.json, the ranked variants with the plans of those compiled; its path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "search.json"
-    path.write_text(json.dumps(list(rows), indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     return [path]
 
 

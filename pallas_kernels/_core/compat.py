@@ -134,6 +134,9 @@ def tpu_devices(topology: str, slices: int = 1) -> list:
 
     # Several test processes may compile at once; libtpu reads this when it is loaded.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if jax.config.jax_platforms == "cpu":  # else libtpu complains that this is no TPU host
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     several = {"num_slices": slices} if slices > 1 else {}
     description = topologies.get_topology_desc(topology_name=topology, platform="tpu", **several)
     return list(description.devices)

@@ -68,7 +68,9 @@ def test_shard_map_counts_every_device_and_conditions_their_dearer_branch():
     run = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, PartitionSpec()),
                         out_specs=rows, check_vma=False)  # fmt: skip
     x, w = jnp.zeros((M, K)), jnp.zeros((K, K))
-    assert work(run, x, w).total() == 2 * M * K * K
+    result = work(run, x, w)
+    assert result.total() == 2 * M * K * K
+    assert (result.split_bytes, result.whole_bytes) == (4 * (2 * M * K + 4 * K * K), 0)
 
     def either(x, w):
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x)

@@ -27,3 +27,9 @@ class NonFiniteError(UserError):
     """Loss or gradients stayed NaN or infinite for too many steps in a row."""
 
     exit_code = 5
+
+
+class ProcessError(UserError):
+    """Another process of the run cannot be reached, ended, or gives no sign of life."""
+
+    exit_code = 6

@@ -13,9 +13,11 @@ from absl import flags
 
 from efficient_lm.cli import define_override_flag, run_door
 from efficient_lm.config import Config
+from efficient_lm.distributed import define_flags
 from efficient_lm.errors import CheckpointError, ConfigError
 
 OVERRIDE = define_override_flag()
+processes = define_flags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run or of a converted checkpoint.")
 PATHS = flags.DEFINE_list("paths", [], "Text files, folders or globs to score as a whole.")
 SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "train"], "Part of the run's own data.")
@@ -29,16 +31,25 @@ def main() -> None:
     """Evaluate, write, print."""
     if WORKDIR.value is None:
         raise ConfigError("no --workdir is given; name the directory of a run: --workdir=runs/x")
-    from efficient_lm.evaluation.run import evaluate_run
+    with processes():
+        import jax
 
-    result = evaluate_run(
-        WORKDIR.value,
-        split=SPLIT.value,
-        override=_override,
-        step=STEP.value,
-        dtype=DTYPE.value,
-        limit=BATCHES.value,
-    )
+        from efficient_lm.evaluation.run import evaluate_run
+
+        result = evaluate_run(
+            WORKDIR.value,
+            split=SPLIT.value,
+            override=_override,
+            step=STEP.value,
+            dtype=DTYPE.value,
+            limit=BATCHES.value,
+        )
+        if jax.process_index() == 0:
+            _write(result)
+
+
+def _write(result: dict[str, Any]) -> None:
+    """As JSON, and as a table."""
     path = Path(JSON.value or Path(WORKDIR.value) / "evaluation.json")
     try:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 
 from efficient_lm.data.batch import Batch
 from efficient_lm.errors import DataError
@@ -93,17 +92,17 @@ def _end(reference: weakref.ref) -> None:
 
 def prefetch_to_device(
     iterator: BatchIterator,
-    sharding_fn: Callable[[str, np.ndarray], jax.sharding.Sharding],
+    place: Callable[[Batch], dict[str, jax.Array]],
     size: int,
 ) -> "DevicePrefetch":
     """The batches of `iterator` as device arrays, `size` of them put on the devices ahead.
 
     Args:
       iterator: yields this process's rows of each global batch.
-      sharding_fn: (name, rows of this process) -> sharding of the global array.
+      place: puts them on the devices.
       size: batches kept ready on the device; 0: each is put when asked for.
     """
-    return DevicePrefetch(iterator, sharding_fn, size)
+    return DevicePrefetch(iterator, place, size)
 
 
 class DevicePrefetch:
@@ -112,8 +111,8 @@ class DevicePrefetch:
     Its state is that after the batch last handed out, whatever is prefetched beyond it.
     """
 
-    def __init__(self, iterator, sharding_fn, size: int):
-        self._iterator, self._sharding_fn, self._size = iterator, sharding_fn, size
+    def __init__(self, iterator, place, size: int):
+        self._iterator, self._place, self._size = iterator, place, size
         self._ready: collections.deque = collections.deque()  # (device batch, state after it)
         self._state = iterator.get_state()
 
@@ -126,11 +125,7 @@ class DevicePrefetch:
                 batch = next(self._iterator)
             except StopIteration:
                 break
-            arrays = {
-                name: jax.make_array_from_process_local_data(self._sharding_fn(name, value), value)
-                for name, value in batch.items()
-            }
-            self._ready.append((arrays, self._iterator.get_state()))
+            self._ready.append((self._place(batch), self._iterator.get_state()))
         if not self._ready:
             raise StopIteration
         arrays, self._state = self._ready.popleft()

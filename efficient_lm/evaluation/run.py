@@ -19,9 +19,9 @@ from efficient_lm.evaluation.recall import evaluate_recall, make_predictor
 from efficient_lm.inference.load import abstract_arrays, open_run
 from efficient_lm.model.definition import define
 from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.parallel.placement import data_shard, place_batch
 from efficient_lm.parallel.rules import parameter_shardings
 from efficient_lm.training.manifest import versions
-from efficient_lm.training.step import place_batch
 
 
 def evaluate_run(
@@ -60,6 +60,7 @@ def evaluate_run(
     mesh = make_mesh(config.parallel)
     given = config.evaluation.batch_size or config.data.batch_size
     rows = -(-given // mesh.size) * mesh.size  # padded rows score nothing
+    index, count = data_shard(mesh)
     batches = make_evaluation_batches(
         config.data,
         tokenizer,
@@ -67,8 +68,8 @@ def evaluate_run(
         batch_size=rows,
         stride=config.evaluation.stride,
         limit=limit,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
     definition = define(config.model)
     abstract = jax.tree.map(

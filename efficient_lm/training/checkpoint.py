@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from efficient_lm.config import CheckpointingConfig
 from efficient_lm.errors import CheckpointError
-from efficient_lm.training import manifest, processes, state_tree, storage
+from efficient_lm.training import manifest, processes, retention, state_tree, storage
 
 _SAVING, _DELETED = ".saving", ".deleted"  # suffixes of directories that are no checkpoints
 
@@ -132,16 +131,21 @@ class CheckpointReader:
     def _newest_good(self, parts: list[str], step: int | None) -> tuple[int, dict] | None:
         """(step, manifest) of the newest checkpoint whose files are as saved; the same on all
         processes."""
-        found, reasons = self._search(parts, step) if jax.process_index() == 0 else (None, [])
-        if jax.process_count() > 1:
-            chosen, failed = processes.broadcast((found[0] if found else -1, len(reasons)))
-            if jax.process_index() != 0:
-                found = None if chosen < 0 else (chosen, manifest.read(self._path(chosen)))
-                reasons = ["process 0 tells why"] * failed
-        self.found_step = found[0] if found else None
-        if found is None and reasons:
-            raise CheckpointError(f"no good checkpoint in {self.directory}: " + "; ".join(reasons))
-        return found
+        self.found_step = None
+        found: list[tuple[int, dict]] = []
+
+        def choose() -> int | None:
+            chosen, reasons = self._search(parts, step)
+            if chosen is None and reasons:
+                reason = "; ".join(reasons)
+                raise CheckpointError(f"no good checkpoint in {self.directory}: {reason}")
+            found.extend([chosen] if chosen else [])
+            return chosen[0] if chosen else None
+
+        self.found_step = processes.from_first("checkpoint", choose)
+        if self.found_step is None:
+            return None
+        return found[0] if found else (self.found_step, manifest.read(self._path(self.found_step)))
 
     def _search(self, parts: list[str], step: int | None):
         """((step, manifest) or None, why newer checkpoints were passed over)."""
@@ -231,7 +235,10 @@ class Checkpointer(CheckpointReader):
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.close()
+        if jax.process_count() > 1 and kind not in (None, SystemExit):
+            self._executor.shutdown(wait=False)  # the other processes may be gone
+        else:
+            self.close()
 
     def save(
         self,
@@ -254,7 +261,7 @@ class Checkpointer(CheckpointReader):
         content = {
             "step": step,
             "config": config,
-            "iterators": processes.gather(iterator),
+            "iterators": processes.gather("iterators", iterator),
             "metrics": metrics or {},
         }
         parts = state_tree.by_part(state)
@@ -262,10 +269,7 @@ class Checkpointer(CheckpointReader):
         needed = sum(leaf.nbytes for leaves in parts.values() for leaf in leaves.values())
         saving = self._path(step, _SAVING)
         try:
-            if jax.process_index() == 0:
-                self._remove_leftovers()
-                saving.mkdir()
-            processes.barrier(f"save {step}")
+            processes.from_first("saving", lambda: self._make(saving))
             response = _orbax().save_checkpointables_async(
                 saving / manifest.ARRAYS, state_tree.without_empty(parts)
             )
@@ -295,27 +299,51 @@ class Checkpointer(CheckpointReader):
 
     def _commit(self, saving, response, content, needed: int, quiet: bool):
         """Runs in the background: finish, check and name a save; its failure is returned."""
-        try:
+
+        def write() -> None:
             if isinstance(response, Exception):
                 raise response
             response.result()
+
+        def name() -> None:
             if jax.process_index() == 0:
                 manifest.write(saving, content)
                 self._rename(saving, content["step"])
                 self._damaged.discard(content["step"])
-        except Exception as error:
-            storage.remove(saving)  # before the free bytes are counted
-            failure = storage.save_failure(error, self.directory, content["step"], needed)
-            failure.__cause__ = error
-            if not quiet:
-                self._warn(f"{failure}; the run goes on")
-            return failure
+
+        for part in (write, name):  # nobody goes on, or returns, before all are done
+            failure = None
+            try:
+                part()
+            except Exception as error:
+                storage.remove(saving)  # before the free bytes are counted
+                failure = storage.save_failure(error, self.directory, content["step"], needed)
+                failure.__cause__ = error
+            told = processes.gather("saved", failure and str(failure))
+            if any(told):
+                failure = failure or CheckpointError(next(filter(None, told)))
+                if not quiet and jax.process_index() == 0:
+                    self._warn(f"{failure}; the run goes on")
+                return failure
         if jax.process_index() == 0:
             try:
-                self._prune(content["step"])
+                for step in retention.outdated(
+                    self.directory, self.steps(), content["step"], self._config, self._damaged
+                ):
+                    deleted = self._path(step, _DELETED)
+                    os.replace(self._path(step), deleted)
+                    storage.remove(deleted)
             except (OSError, CheckpointError) as error:
                 self._warn(f"old checkpoints in {self.directory} could not be deleted: {error}")
         return None
+
+    def _make(self, saving: Path) -> None:
+        """The directory of a save, without those of earlier ones that failed."""
+        self._remove_leftovers()
+        try:
+            saving.mkdir()
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
 
     def _rename(self, saving: Path, step: int) -> None:
         """Give a finished save its name, in place of an earlier one of the same step."""
@@ -346,27 +374,6 @@ class Checkpointer(CheckpointReader):
         for step, suffix in self._listing():
             if suffix:
                 storage.remove(self._path(step, suffix))
-
-    def _prune(self, newest: int) -> None:
-        """Delete all but the last and the best; later steps are of a course that was given up."""
-        values = {}
-        for step in self.steps():
-            if step > newest or step in self._damaged:
-                continue
-            try:
-                metrics = manifest.read(self._path(step))["metrics"]
-            except manifest.Damaged:
-                continue
-            value = metrics.get(self._config.best_metric)
-            values[step] = np.inf if value is None or np.isnan(value) else float(value)
-        known = [step for step, value in values.items() if np.isfinite(value)]
-        best = sorted(known, key=lambda step: (values[step], -step))[: self._config.keep_best]
-        keep = {*sorted(values)[-self._config.keep_last :], *best, newest}
-        for step in self.steps():
-            if step not in keep:
-                deleted = self._path(step, _DELETED)
-                os.replace(self._path(step), deleted)
-                storage.remove(deleted)
 
 
 def open_for_reading(

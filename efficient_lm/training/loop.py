@@ -13,17 +13,19 @@ from typing import Any
 
 import jax
 
+from efficient_lm import watch
 from efficient_lm.config import Config
 from efficient_lm.data.pipeline import make_evaluation_batches
 from efficient_lm.data.prefetch import prefetch_to_device
 from efficient_lm.errors import CheckpointError, NonFiniteError
-from efficient_lm.parallel.rules import batch_sharding
+from efficient_lm.parallel.placement import data_shard, place_batch
+from efficient_lm.training import processes
 from efficient_lm.training.metrics import MetricsWriter, read_metrics
 from efficient_lm.training.progress import Progress
-from efficient_lm.training.setup import Run, set_up
+from efficient_lm.training.setup import Run, make_run_mesh, set_up
 from efficient_lm.training.speed import Speed, device_memory_bytes, peak_memory_bytes
 from efficient_lm.training.state import TrainState
-from efficient_lm.training.step import place_batch
+from efficient_lm.training.storage import locked
 
 PROFILED_STEPS = 5
 
@@ -38,12 +40,14 @@ def train(config: Config, workdir: str | Path, *, profile: bool = False) -> dict
       UserError: config, data, devices or checkpoints do not fit; non-finite values persist.
       SystemExit: 128 + the number of the signal, after SIGTERM or SIGINT and once all is saved.
     """
-    run = set_up(config, Path(workdir))
-    try:
-        with MetricsWriter(run.workdir, resume_step=run.start or None) as writer:
+    mesh = make_run_mesh(config)
+    with locked(Path(workdir)):
+        run = set_up(config, Path(workdir), mesh)
+        with (
+            run.checkpointer,
+            MetricsWriter(run.workdir, resume_step=run.start or None) as writer,
+        ):
             return _Loop(run, writer, profile).run_all()
-    finally:
-        run.checkpointer.close()
 
 
 class _Loop:
@@ -51,10 +55,10 @@ class _Loop:
 
     def __init__(self, run: Run, writer: MetricsWriter, profile: bool):
         self.run, self.config, self.writer = run, run.config, writer
-        self.profile = profile
+        self.profile = profile and jax.process_index() == 0
         self.state: TrainState = run.state
         self.batches = prefetch_to_device(
-            run.iterator, lambda name, rows: batch_sharding(run.mesh), run.config.data.prefetch
+            run.iterator, lambda batch: place_batch(batch, run.mesh), run.config.data.prefetch
         )
         self.speed = Speed(run)
         self.fetcher = ThreadPoolExecutor(1)
@@ -75,13 +79,18 @@ class _Loop:
                 step = self._compile(first)
                 self._train(step, first, received)
             last = max(total, start)
-            known = [row for row in read_metrics(self.run.workdir, "valid") if row["step"] == last]
+            known = processes.from_first("known", lambda: self._known(last))
             if start >= total and known:  # a finished run that is started again
-                self.evaluation = (last, known[-1])
+                self.evaluation = (last, known)
             else:
                 self._evaluate(last, None)
             self._save(last, wait=True)
         return self._summarize()
+
+    def _known(self, step: int) -> dict[str, Any] | None:
+        """The last line of metrics of an evaluation at `step`, if there is one."""
+        rows = [row for row in read_metrics(self.run.workdir, "valid") if row["step"] == step]
+        return rows[-1] if rows else None
 
     def _train(self, step, batch, received: list[int]) -> None:
         config, total = self.config, self.config.training.steps
@@ -96,13 +105,14 @@ class _Loop:
                 # A thread waits for the values, so that the device never waits for the host.
                 self._log()
                 self.pending = (done, self.fetcher.submit(_fetch, metrics))
-            if received:
+            number = watch.stops(done, received)
+            if number:
                 self._save(done, wait=True)
-                name = signal.Signals(received[0]).name
+                name = signal.Signals(number).name
                 self.progress.message(
                     f"{name}: saved step {done}; the same command goes on from there"
                 )
-                raise SystemExit(128 + received[0])
+                raise SystemExit(128 + number)
             every = config.evaluation.every
             if every and done % every == 0 and done < total:
                 self._evaluate(done, config.evaluation.batches)
@@ -177,14 +187,15 @@ class _Loop:
         self._log()
         if limit not in self.evaluation_batches:
             config = self.config
+            index, count = data_shard(self.run.mesh)
             self.evaluation_batches[limit] = make_evaluation_batches(
                 config.data,
                 self.run.tokenizer,
                 batch_size=config.evaluation.batch_size,
                 stride=config.evaluation.stride,
                 limit=limit,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=index,
+                process_count=count,
             )
         parameters = self.state.parameters if self.state.average is None else self.state.average
         totals = None
@@ -230,7 +241,7 @@ class _Loop:
 
     def _summarize(self) -> dict[str, Any]:
         """Write and return what the run came to."""
-        device = self.run.mesh.devices.flat[0]
+        device = self.run.mesh.local_devices[0]
         step, row = self.evaluation
         summary = {
             "step": step,
@@ -244,7 +255,8 @@ class _Loop:
             "skipped_updates": self.skipped,
         }
         summary |= self.speed.summary() | self.summary
-        (self.run.workdir / "summary.json").write_text(json.dumps(summary, indent=2))
+        if jax.process_index() == 0:
+            (self.run.workdir / "summary.json").write_text(json.dumps(summary, indent=2))
         return summary
 
 

@@ -1,30 +1,58 @@
-"""What the processes of a run on several hosts tell each other; nothing to do for one process."""
+"""What the processes of a run tell each other, through the host; nothing to do for one process."""
 
+import collections
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed as jax_distributed  # the store of keys has no public name
+
+from efficient_lm import errors
+
+# Whoever waits is freed by the watch over the processes, or by JAX's own, not by this limit.
+_PATIENCE_MILLISECONDS = 24 * 3600 * 1000
+_rounds: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 
 
-def barrier(name: str) -> None:
-    """Wait until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def gather(name: str, value: Any) -> list[Any]:
+    """The JSON-able values of all processes, in their order; all must call it.
 
-
-def broadcast(numbers: Sequence[int]) -> list[int]:
-    """The numbers that process 0 gave."""
-    return [int(n) for n in multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32))]
-
-
-def gather(value: dict) -> list[dict]:
-    """The JSON-able values of all processes, in their order."""
+    No device takes part, so that threads may call it, each with a `name` of its own.
+    """
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(text.size, np.int32))
-    padded = np.full(sizes.max(), ord(" "), np.uint8)
-    padded[: text.size] = text
-    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+    client, index = jax_distributed.global_state.client, jax.process_index()
+    number = next(_rounds[name])
+    key = f"efficient_lm/{name}/{number}"
+    if index != 0:
+        client.key_value_set(f"{key}/{index}", json.dumps(value))
+        return json.loads(client.blocking_key_value_get(f"{key}/all", _PATIENCE_MILLISECONDS))
+    values = [json.loads(json.dumps(value))]
+    for process in range(1, jax.process_count()):
+        text = client.blocking_key_value_get(f"{key}/{process}", _PATIENCE_MILLISECONDS)
+        values.append(json.loads(text))
+    client.key_value_set(f"{key}/all", json.dumps(values))
+    if number:  # everyone is in this round, so the last one has been read
+        client.key_value_delete(f"efficient_lm/{name}/{number - 1}")
+    return values
+
+
+def from_first(name: str, function: Callable[[], Any]) -> Any:
+    """What `function` returns (JSON-able) in process 0, which alone calls it, in all processes.
+
+    A UserError that it raises is raised in all of them.
+    """
+    if jax.process_count() == 1:
+        return function()
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": function()}
+        except errors.UserError as error:
+            outcome = {"error": type(error).__name__, "message": str(error)}
+    outcome = gather(name, outcome)[0]
+    if "error" in outcome:
+        raise getattr(errors, outcome["error"])(outcome["message"])
+    return outcome["value"]

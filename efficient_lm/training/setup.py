@@ -26,6 +26,8 @@ from efficient_lm.errors import CheckpointError
 from efficient_lm.model.definition import ModelDefinition, define
 from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.parallel.placement import data_shard
+from efficient_lm.training import processes
 from efficient_lm.training.checkpoint import Checkpointer
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.state import TrainState, abstract_state, make_initializer
@@ -49,20 +51,20 @@ class Run:
     evaluation_step: Callable
 
 
-def set_up(config: Config, workdir: Path) -> Run:
-    """Make the run's directory and tokenizer, and draw its state or restore the newest one."""
+def make_run_mesh(config: Config) -> Mesh:
+    """The mesh of a run; ConfigError where the batch cannot be split over it."""
     mesh = make_mesh(config.parallel)
-    definition = define(config.model)
-    check_mesh(config, definition, mesh)
-    _make_directory(workdir)
+    check_mesh(config, define(config.model), mesh)
+    return mesh
+
+
+def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
+    """Make the run's tokenizer, and draw its state or restore the newest one."""
     tokenizer = _tokenizer(config, workdir)
     check_vocabulary(tokenizer, config.model.vocabulary_size)
-    iterator = make_train_iterator(
-        config.data,
-        tokenizer,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    index, count = data_shard(mesh)
+    iterator = make_train_iterator(config.data, tokenizer, process_index=index, process_count=count)
+    definition = define(config.model)
     optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
     initial = make_initializer(config, definition, optimizer)
     abstract = abstract_state(initial, definition, mesh, config.parallel.rules)
@@ -95,27 +97,28 @@ def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _make_directory(workdir: Path) -> None:
-    with _writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-
-
 def _tokenizer(config: Config, workdir: Path) -> Tokenizer:
     """The tokenizer saved in the run, so that a resumed run keeps its ids, or a new one, saved."""
     directory = workdir / "tokenizer"
-    if directory.exists():
-        return load_tokenizer(directory)
-    tokenizer = make_tokenizer(config.data)
-    partial = workdir / "tokenizer.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    with _writing(workdir):
-        tokenizer.save(partial)
-        os.replace(partial, directory)
-    return tokenizer
+
+    def make() -> None:
+        if directory.exists():
+            return
+        tokenizer = make_tokenizer(config.data)
+        partial = workdir / "tokenizer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        with _writing(workdir):
+            tokenizer.save(partial)
+            os.replace(partial, directory)
+
+    processes.from_first("tokenizer", make)
+    return load_tokenizer(directory)
 
 
 def _write_config(config: Config, workdir: Path) -> None:
     """config.json, whole at any moment."""
+    if jax.process_index() != 0:
+        return
     partial = workdir / "config.json.partial"
     with _writing(workdir):
         partial.write_text(json.dumps(config.to_dict(), indent=2))

@@ -23,7 +23,7 @@ class Speed:
         self.tokens = config.data.batch_size * config.data.sequence_length
         per_token = training_flops_per_token(run.definition, config.data.sequence_length)
         self.flops = per_token * self.tokens
-        device = run.mesh.devices.flat[0]
+        device = run.mesh.local_devices[0]
         self.measured_roof = matmul_flops(config.model.dtype) * run.mesh.size
         sheet = data_sheet_flops(device)
         self.sheet_roof = None if sheet is None else sheet * run.mesh.size

@@ -14,7 +14,6 @@ from efficient_lm import registry
 from efficient_lm.config import Config
 from efficient_lm.model.definition import ModelDefinition
 from efficient_lm.parallel.mixing import use_mesh
-from efficient_lm.parallel.rules import batch_sharding
 from efficient_lm.training.optimizer import learning_rate, update_ema
 from efficient_lm.training.state import SUMS, TrainState
 
@@ -142,12 +141,3 @@ def make_evaluation_step(
     """evaluation_step(parameters, batch) -> sums, without dropout."""
     loss = make_loss(config, definition, mesh, byte_lengths)
     return lambda parameters, batch: loss(parameters, batch, None)[1]
-
-
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process's rows as global arrays, split over the devices."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }

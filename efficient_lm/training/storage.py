@@ -1,12 +1,21 @@
 """The file system under a run: its paths, flushing, and failures told in one line."""
 
 import errno
+import fcntl
 import os
+import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+
 from efficient_lm.errors import CheckpointError
+
+LOCK = ".lock"
+_LOCK_PATIENCE = 5.0  # seconds, for a process that is about to end
 
 
 def local_path(workdir: str | Path) -> Path:
@@ -16,6 +25,55 @@ def local_path(workdir: str | Path) -> Path:
             f"workdir {workdir} is a URL; mount the bucket (gcsfuse) and give the mounted path"
         )
     return Path(workdir).absolute()
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Make the directory of a run, and hold it against other runs; process 0 does it for all.
+
+    The lock is the kernel's (flock), so it ends with the process, however that ends. It holds
+    between hosts where the file system shares locks (NFS, Lustre with -o flock); a mounted bucket
+    locks within a host alone.
+
+    Raises CheckpointError when another run has it, or when the directory cannot be written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / LOCK, "a+")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to the work directory {workdir}: {error.strerror}; "
+            "free some space or choose another --workdir"
+        ) from None
+    with file:
+        _lock(file, workdir)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _lock(file, workdir: Path) -> None:
+    end = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return  # this file system has no locks
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+        if time.monotonic() > end:
+            file.seek(0)
+            raise CheckpointError(
+                f"the work directory {workdir} is in use by {file.read() or 'another run'}; "
+                "stop that run or give another --workdir"
+            )
+        time.sleep(0.1)
 
 
 def sync(directory: Path) -> None:

@@ -13,10 +13,11 @@ from efficient_lm import masks
 from efficient_lm.config import Config, layer_options
 from efficient_lm.model.definition import define
 from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.parallel.placement import place_batch
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.speed import peak_memory_bytes
 from efficient_lm.training.state import abstract_state, make_initializer
-from efficient_lm.training.step import make_train_step, place_batch
+from efficient_lm.training.step import make_train_step
 from pallas_kernels.attention import explain
 
 

@@ -19,9 +19,9 @@ def host_batches(config=CONFIG):
     return pipeline.make_train_iterator(config, tokenizers.make_tokenizer(config))
 
 
-def sharding(name, value):
+def place(batch):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    return jax.NamedSharding(mesh, jax.P("data"))
+    return jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
@@ -33,7 +33,7 @@ def test_same_batches_and_exact_resume(size, tmp_path):
                    batch_size=8, packing="first_fit"),
     ):  # fmt: skip
         expected = [next(it) for it in [host_batches(config)] for _ in range(12)]
-        iterator = prefetch_to_device(host_batches(config), sharding, size)
+        iterator = prefetch_to_device(host_batches(config), place, size)
         states = [iterator.get_state()]
         for batch in expected[:8]:
             arrays = next(iterator)
@@ -42,7 +42,7 @@ def test_same_batches_and_exact_resume(size, tmp_path):
                 np.testing.assert_array_equal(arrays[name], batch[name])
             states.append(json.loads(json.dumps(iterator.get_state())))
         for stop, state in enumerate(states):
-            again = prefetch_to_device(host_batches(config), sharding, size)
+            again = prefetch_to_device(host_batches(config), place, size)
             next(again)  # a state also replaces what is prefetched
             again.set_state(state)
             assert again.get_state() == state
@@ -68,7 +68,7 @@ def test_batches_are_made_ahead():
             self.made = state["made"]
 
     source = Counting()
-    iterator = prefetch_to_device(source, sharding, 2)
+    iterator = prefetch_to_device(source, place, 2)
     assert next(iterator)["tokens"][0, 0] == 1
     assert source.made == 3 and iterator.get_state() == {"made": 1}
 
@@ -93,7 +93,7 @@ def test_the_end_is_handed_on():
         def set_state(self, state):
             self.left = state["left"]
 
-    assert len(list(prefetch_to_device(Two(), sharding, 5))) == 2
+    assert len(list(prefetch_to_device(Two(), place, 5))) == 2
 
 
 def test_an_iterator_alive_at_exit_ends_silently(tmp_path):

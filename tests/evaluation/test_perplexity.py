@@ -15,7 +15,7 @@ from efficient_lm.errors import DataError
 from efficient_lm.evaluation.perplexity import evaluate_batches, make_scorer
 from efficient_lm.inference.load import load
 from efficient_lm.parallel.mesh import make_mesh
-from efficient_lm.training.step import place_batch
+from efficient_lm.parallel.placement import place_batch
 
 TEXT = "def f(x):\n    return x + 1  # é\n" * 9
 LENGTH = 32

@@ -9,9 +9,10 @@ from efficient_lm.config import Config
 from efficient_lm.errors import ConfigError
 from efficient_lm.model.definition import define
 from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.parallel.placement import place_batch
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.state import abstract_state, make_initializer
-from efficient_lm.training.step import make_train_step, place_batch
+from efficient_lm.training.step import make_train_step
 
 LENGTHS = np.ones(64, np.int32)
 

@@ -184,7 +184,7 @@ class CheckpointReader:
         directory = self._path(step) / manifest.ARRAYS
         targets = jax.tree.map(state_tree.abstract, state_tree.without_empty(wanted))
         try:
-            loaded = _orbax().load_checkpointables(directory, targets)
+            loaded = storage.orbax().load_checkpointables(directory, targets)
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {directory.parent} is as it was saved, yet cannot be read: "
@@ -270,7 +270,7 @@ class Checkpointer(CheckpointReader):
         saving = self._path(step, _SAVING)
         try:
             processes.from_first("saving", lambda: self._make(saving))
-            response = _orbax().save_checkpointables_async(
+            response = storage.orbax().save_checkpointables_async(
                 saving / manifest.ARRAYS, state_tree.without_empty(parts)
             )
         except Exception as error:
@@ -387,17 +387,3 @@ def open_for_reading(
     if not reader._listing():
         raise CheckpointError(f"no checkpoint in {reader.directory}; train the run first")
     return reader
-
-
-def _orbax():
-    """Orbax's v1 interface, imported when first needed; its failures are told by us, in a line."""
-    from orbax.checkpoint import v1
-
-    logging.getLogger("absl").addFilter(_is_no_failed_save)  # adding it twice has no effect
-    return v1
-
-
-def _is_no_failed_save(record: logging.LogRecord) -> bool:
-    """False for what orbax's threads log beside the exception that we report."""
-    message = record.getMessage()
-    return "_SignalingThread.run() raised" not in message and "Skipping merge of" not in message

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import platform
 import shutil
@@ -125,3 +126,17 @@ def first_line(error: Exception) -> str:
     """The kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def orbax():
+    """Orbax's v1 interface, imported when first needed; its failures are told by us, in a line."""
+    from orbax.checkpoint import v1
+
+    logging.getLogger("absl").addFilter(_is_no_failed_save)  # adding it twice has no effect
+    return v1
+
+
+def _is_no_failed_save(record: logging.LogRecord) -> bool:
+    """False for what orbax's threads log beside the exception that we report."""
+    message = record.getMessage()
+    return "_SignalingThread.run() raised" not in message and "Skipping merge of" not in message

@@ -11,8 +11,9 @@ from efficient_lm.config import Config, layer
 from efficient_lm.model.definition import define, initialize
 from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.parallel.placement import place_batch
 from efficient_lm.parallel.rules import PRESETS, parameter_shardings
-from efficient_lm.training.step import make_loss, place_batch
+from efficient_lm.training.step import make_loss
 from tests.parallel.cases import CASES, EMBED_DIM, LENGTH
 
 VOCABULARY = 48

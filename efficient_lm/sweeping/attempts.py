@@ -56,8 +56,15 @@ class Attempt:
     ):
         self.run, self._directory, self._rank = run, directory, rank
         self._log = directory / LOGS / (run.name + (f".{rank}" if rank else "") + ".log")
+        self._record = {
+            "attempts": read_record(directory, run).get("attempts", 0) + 1,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "ended": None,
+            "exit_code": None,
+            "error": None,
+        }
+        self._write()
         try:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("ab") as log:
                 self._begin = log.tell()
                 # A session of its own: Ctrl-C in the terminal is for the sweep to pass on, once.
@@ -75,14 +82,6 @@ class Attempt:
                 f"cannot start {run.name} ({error.strerror}: {error.filename}); "
                 "free some space or give another --workdir"
             ) from None
-        self._record = {
-            "attempts": read_record(directory, run).get("attempts", 0) + 1,
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "ended": None,
-            "exit_code": None,
-            "error": None,
-        }
-        self._write()
         # A thread waits, so that signal handlers can look at what it found without any lock.
         self._code: int | None = None
         threading.Thread(target=self._watch, daemon=True).start()

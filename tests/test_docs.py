@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import yaml
 
 from docs import build, pictures, tables
 from efficient_lm import registry
+from efficient_lm.config import MESH_AXES, Config
+from efficient_lm.model.definition import define
+from efficient_lm.parallel.check import check_mesh
+from efficient_lm.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -109,6 +114,52 @@ def test_commands_exist():
     scripts = re.findall(r"python ((?:\w+/)+\w+\.py)", EVERYTHING)
     configs = re.findall(r"--config=(configs/\w+\.py)", EVERYTHING)
     assert [path for path in [*scripts, *configs] if not (ROOT / path).is_file()] == []
+
+
+LINES = {
+    " ".join(f"python -m {module} {flags}".split())
+    for text in TEXTS.values()
+    for module, flags in re.findall(
+        r"python -m (efficient_lm\.(?:train|plan|shardings|sweep)) ((?:--[^\s'`\"]+\s*)+)",
+        text.replace("\\\n", " "),
+    )
+}
+
+
+NOT_TO_PASTE = ("embed_dims", "model.layers=")  # a mistake on show, and a mixer that is not there
+
+
+@pytest.mark.parametrize("line", sorted(LINES))
+def test_lines_to_paste_are_accepted(line):
+    """Every flag exists and every field has a value that the config takes."""
+    arguments = [
+        *line.split()[1:],
+        "--dry_run" if "efficient_lm.sweep" in line else "--print_config",
+    ]
+    if not any(part in line for part in NOT_TO_PASTE):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_lines_of_scale_fit_eight_devices():
+    section = TEXTS["README.md"].partition("## Scale\n")[2].partition("\n## ")[0]
+    lines = [line for line in sorted(LINES) if "--config.parallel" in line
+             and line.split()[-1] in section]  # fmt: skip
+    assert len(lines) == 2
+    for line in lines:
+        arguments = [*line.split()[1:], "--print_config"]
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        config = Config.from_dict(json.loads(done.stdout))
+        check_mesh(config, define(config.model), make_mesh(config.parallel))
+
+
+def test_every_axis_is_in_the_table_of_the_readme():
+    rows = re.findall(r"^\| `(\w+)` \|", TEXTS["README.md"], re.MULTILINE)
+    assert sorted(rows) == sorted(MESH_AXES)
 
 
 def test_extras_exist():

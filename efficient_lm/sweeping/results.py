@@ -4,16 +4,19 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from efficient_lm.sweeping.attempts import read_record, state_of
 from efficient_lm.sweeping.runs import Run, labels, replace_text
+from efficient_lm.training import manifest
 from efficient_lm.training.metrics import read_metrics
 
 # Of summary.json; what is known of the validation split comes before them.
 _SUMMARY = ("parameters", "tokens_per_second", "run_seconds", "skipped_updates", "device")
+_WIDTH = 160  # of the table where there is no terminal
 
 
 def gather(
@@ -71,26 +74,37 @@ def write_results(directory: Path, rows: Sequence[Mapping[str, Any]], metric: st
 
     table, whole = directory / "results.csv", directory / "results.json"
     replace_text(table, _csv(rows))
-    content = {"metric": metric, "best": best_of(rows, metric), "runs": [_finite(r) for r in rows]}
+    content = {
+        "command": sys.argv,
+        "versions": manifest.versions(),
+        "metric": metric,
+        "best": best_of(rows, metric),
+        "runs": [_finite(row) for row in rows],
+    }
     replace_text(whole, json.dumps(content, indent=2) + "\n")
     return [table, whole, *write_plots(directory, rows, metric)]
 
 
 def print_results(rows: Sequence[Mapping[str, Any]], metric: str) -> None:
-    """The table, the best run set apart, and the errors of failed runs below it."""
+    """The table, the best run set apart, and the errors of failed runs below it.
+
+    Fields that have one value in all runs are left to the files.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    fields = fields_of(rows)
+    fields = [f for f in fields_of(rows) if len({str(r["settings"].get(f)) for r in rows}) > 1]
     names = labels(fields)
     metrics = [m for m in dict.fromkeys([metric, "loss", "bits_per_byte"])
                if any(m in row["metrics"] for row in rows)]  # fmt: skip
     table = Table()
-    for name in [*(names[f] for f in fields), "status", "step"]:
-        table.add_column(name, overflow="fold")
+    for field in fields:
+        table.add_column(names[field], overflow="fold")
+    for name in ("status", "step"):
+        table.add_column(name, no_wrap=True)
     for name in [*metrics, "tokens/s"]:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     best = best_of(rows, metric)
     for row in rows:
         status = row["status"] + ("" if row["in_sweep"] else " (old)")
@@ -101,6 +115,8 @@ def print_results(rows: Sequence[Mapping[str, Any]], metric: str) -> None:
         style = {"failed": "red", "finished": ""}.get(row["status"], "dim")
         table.add_row(*map(Text, cells), style="bold" if row["name"] == best else style)
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDTH
     console.print(table, markup=False)
     for row in rows:
         if row["status"] == "failed":

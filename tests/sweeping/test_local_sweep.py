@@ -73,7 +73,7 @@ def test_failures_are_shown_kept_and_retried(stand_in, tmp_path, capsys):
     assert [read_record(directory, run)["attempts"] for run in runs] == [1, 2, 1] * 2
 
     result = json.loads((directory / "results.json").read_text())
-    assert result["best"] == runs[3].name
+    assert result["best"] == runs[3].name and result["command"] == sys.argv
     table = list(csv.DictReader((directory / "results.csv").read_text().splitlines()))
     for run, row, line in zip(runs, result["runs"], table, strict=True):
         loss = run.settings["optimizer.learning_rate"] + run.settings["training.seed"]

@@ -136,8 +136,8 @@ def mix_in_stages(
             shared[path] = array
     by_chunk = [name for name, axis in mixer.head_axes.items() if axis == "key_value_heads"]
     by_stage = [name for name, axis in mixer.head_axes.items() if axis == "heads"]
-    # Gradients of x are sums over stages: in float32, as those of one product would be.
-    x32 = x.astype(jnp.float32)
+    # The gradient of x is a sum over stages: in float32, as that of one product would be.
+    gradient_sum, fixed = _gradient_sum(x), jax.lax.stop_gradient(x)
 
     def part(*arrays):
         values = shared | {path: array for group in arrays for path, array in group.items()}
@@ -150,11 +150,11 @@ def mix_in_stages(
         keys, queries = scanned
         exchanged = {}
         if by_chunk:
-            exchanged = exchanged_of(part(keys).project(x32.astype(x.dtype), context, by_chunk))
+            exchanged = exchanged_of(part(keys).project(_into(fixed, gradient_sum), context, by_chunk))
 
         def stage(y, queries):
             piece = part(keys, queries)
-            projected = piece.project(x32.astype(x.dtype), context, by_stage)
+            projected = piece.project(_into(fixed, gradient_sum), context, by_stage)
             entries = exchanged | exchanged_of(projected)
             mixed = exchange.to_tokens(exchange.core(piece, entries, context))
             return y + piece.output(mixed, projected, context).astype(jnp.float32), None
@@ -166,6 +166,35 @@ def mix_in_stages(
     for array in added:
         y = y + array.astype(jnp.float32)[None, None]
     return context.shard(y.astype(x.dtype), "batch", "residual_length", "embed")
+
+
+@jax.custom_vjp
+def _gradient_sum(x):
+    """Float32 zeros that nobody reads, whose cotangent becomes that of x.
+
+    The transpose of a scan adds the cotangents of what its body closes over in their own type, so
+    x in bfloat16 would be rounded at every stage, and x in float32 would take twice its memory.
+    """
+    return jnp.zeros(x.shape, jnp.float32)
+
+
+_gradient_sum.defvjp(
+    lambda x: (_gradient_sum(x), jnp.zeros((0,), x.dtype)),
+    lambda like, gradient: (gradient.astype(like.dtype),),
+)
+
+
+@jax.custom_vjp
+def _into(x, gradient_sum):
+    """x, whose cotangent goes to `gradient_sum`."""
+    del gradient_sum
+    return x
+
+
+_into.defvjp(
+    lambda x, gradient_sum: (x, None),
+    lambda _, gradient: (jnp.zeros_like(gradient), gradient.astype(jnp.float32)),
+)
 
 
 def _keep_little(body):

@@ -13,7 +13,16 @@ from absl import flags
 from efficient_lm import watch
 from efficient_lm.errors import ProcessError, UserError
 
-JOIN_TIMEOUT, PEER_TIMEOUT = 300.0, 60.0
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds: to wait for the other processes at the start; of silence after which a process
+    counts as dead; that a process may be a step behind the others.
+    """
+
+    join: float = 300.0
+    peer: float = 60.0
+    stall: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -44,73 +53,99 @@ def define_flags() -> Callable[[], AbstractContextManager[None]]:
     flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
     flags.DEFINE_float(
-        "join_timeout", JOIN_TIMEOUT, "Seconds to wait for the other processes.", lower_bound=1.0
+        "join_timeout", Limits.join, "Seconds to wait for the other processes.", lower_bound=1.0
     )
     flags.DEFINE_float(
-        "peer_timeout", PEER_TIMEOUT,
+        "peer_timeout", Limits.peer,
         "Seconds without a sign of life after which a process counts as dead, and all end.",
+        lower_bound=1.0,
+    )  # fmt: skip
+    flags.DEFINE_float(
+        "stall_timeout", Limits.stall,
+        "Seconds that a process may be a step behind another one, before all end.",
         lower_bound=1.0,
     )  # fmt: skip
 
     def joined() -> AbstractContextManager[None]:
         given = flags.FLAGS
+        limits = Limits(given.join_timeout, given.peer_timeout, given.stall_timeout)
         place = from_flags(given.coordinator, given.num_processes, given.process_id)
         if place is None:
-            place = find_place(given.distributed, os.environ, given.join_timeout)
-        return processes(place, given.join_timeout, given.peer_timeout)
+            place = find_place(given.distributed, os.environ, limits.join)
+        return processes(place, limits)
 
     return joined
 
 
 @contextmanager
-def processes(
-    place: Place | None, join_timeout: float = JOIN_TIMEOUT, peer_timeout: float = PEER_TIMEOUT
-) -> Iterator[None]:
+def processes(place: Place | None, limits: Limits) -> Iterator[None]:
     """Join the other processes, and leave together; None or one process: nothing happens.
 
-    Where `jax.distributed.initialize` was called before, only the watch is started. In the context,
-    a process that ends or gives no sign of life for `peer_timeout` seconds ends all of them, with
-    one line and the exit code of ProcessError. An exception ends this process here (the orderly way
-    out would wait for the others), and the others with it.
+    In the context, a process that ends, falls silent or stays behind ends all of them, with one
+    line and the exit code of ProcessError. An exception ends this process here (the orderly way out
+    would wait for the others), and the others with it.
     """
     if place is None or place.num_processes == 1:
         yield
         return
-    _join(place, join_timeout, peer_timeout)
     try:
-        yield
-    except SystemExit:  # a signal, obeyed by all
-        watch.current().leave()
+        with _watched(place, limits):
+            import jax  # costs a second, which those who are told to end here need not wait
+
+            jax.config.update("jax_enable_preemption_service", False)  # the watch sees to signals
+            jax.distributed.initialize(
+                place.coordinator,
+                place.num_processes,
+                place.process_id,
+                local_device_ids=place.devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=int(limits.join),
+                # In case the watch itself fails; this one ends a process by a stack trace.
+                heartbeat_timeout_seconds=int(max(100, 3 * limits.peer)),
+            )
+            yield
+    except SystemExit:
         raise
     except BaseException as error:
-        _fail(error)
-    else:
-        watch.current().leave()
+        if isinstance(error, UserError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
-def _join(place: Place, join_timeout: float, peer_timeout: float) -> None:
+@contextmanager
+def attended() -> Iterator[None]:
+    """The watch alone, where `jax.distributed.initialize` was called by hand; else nothing.
+
+    An exception ends the other processes and is raised on.
+    """
+    import jax
+    from jax._src.distributed import global_state  # the address has no public name
+
+    if jax.process_count() == 1 or watch.current() is not None:
+        yield
+        return
+    count, index = jax.process_count(), jax.process_index()
+    place = Place(global_state.coordinator_address, count, index, None, "joined by hand")
+    with _watched(place, Limits()):
+        yield
+
+
+@contextmanager
+def _watched(place: Place, limits: Limits) -> Iterator[None]:
+    """Wait for all processes and watch over them; at the end wait for all of them again."""
     host, port = watch.split_address(place.coordinator)
     hosts = watch.start(
         place.process_id,
         place.num_processes,
         f"{host}:{port - 1}",
-        join_timeout=join_timeout,
-        peer_timeout=peer_timeout,
+        join_timeout=limits.join,
+        peer_timeout=limits.peer,
+        stall_timeout=limits.stall,
     )
-    import jax  # costs a second, which those who are told to end here need not wait
-
-    if not jax.distributed.is_initialized():
-        jax.config.update("jax_enable_preemption_service", False)  # the watch sees to signals
-        jax.distributed.initialize(
-            place.coordinator,
-            place.num_processes,
-            place.process_id,
-            local_device_ids=place.devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=int(join_timeout),
-            # Only for the case that the watch itself fails: it ends a process by a stack trace.
-            heartbeat_timeout_seconds=int(max(100, 3 * peer_timeout)),
-        )
     if place.process_id == 0:
         shown = ", ".join(dict.fromkeys(hosts))
         print(
@@ -118,23 +153,19 @@ def _join(place: Place, join_timeout: float, peer_timeout: float) -> None:
             f"process 0 listens at {place.coordinator}",
             flush=True,
         )
-
-
-def _fail(error: BaseException) -> None:
-    """End this process for an exception, without waiting for the others."""
-    import time
-
-    time.sleep(watch.SETTLE_SECONDS)  # if it comes of a lost process, the watch ends us by then
-    if isinstance(error, UserError):
-        line, code = " ".join(str(error).split()), error.exit_code
-        print(f"error: {line}", file=sys.stderr)
+    try:
+        yield
+    except SystemExit:  # a signal, obeyed by all
+        watch.current().leave()
+        raise
+    except UserError as error:
+        watch.current().fail(" ".join(str(error).split()), error.exit_code)
+        raise
+    except BaseException as error:
+        watch.current().fail(f"{type(error).__name__}: {error}".splitlines()[0], 1)
+        raise
     else:
-        line, code = f"{type(error).__name__}: {error}".splitlines()[0], 1
-        traceback.print_exception(error)
-    watch.current().fail(line)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        watch.current().leave()
 
 
 def from_flags(

@@ -16,8 +16,8 @@ HEAVY = {"grain", "orbax", "matplotlib", "tensorboardX", "tensorstore", "tokeniz
 LAYERS = (
     ("doors", ("train", "evaluate", "generate", "convert", "plan", "shardings", "sweep",
                "data.train_tokenizer", "data.write_shards")),
-    ("application", ("__init__", "api", "cli", "distributed", "watch", "training", "inference",
-                     "evaluation", "interop", "planning", "sweeping")),
+    ("application", ("__init__", "api", "cli", "distributed", "watch", "watch_server", "training",
+                     "inference", "evaluation", "interop", "planning", "sweeping")),
     ("ingredients", ("objectives", "data", "parallel")),
     ("model", ("model",)),
     ("layers", ("mixers", "ffn")),

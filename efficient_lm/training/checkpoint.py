@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from efficient_lm.config import CheckpointingConfig
-from efficient_lm.errors import CheckpointError
+from efficient_lm.errors import CheckpointError, ProcessError
 from efficient_lm.training import manifest, processes, retention, state_tree, storage
 
 _SAVING, _DELETED = ".saving", ".deleted"  # suffixes of directories that are no checkpoints
@@ -219,6 +219,7 @@ class Checkpointer(CheckpointReader):
         self._config = config
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._saves = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe = self.directory / f".writable_{jax.process_index()}"
@@ -270,11 +271,10 @@ class Checkpointer(CheckpointReader):
         saving = self._path(step, _SAVING)
         try:
             processes.from_first("saving", lambda: self._make(saving))
-            response = storage.orbax().save_checkpointables_async(
-                saving / manifest.ARRAYS, state_tree.without_empty(parts)
-            )
-        except Exception as error:
+        except CheckpointError as error:
             response = error
+        else:
+            response = self._begin(saving, state_tree.without_empty(parts), needed)
         self._pending = self._executor.submit(self._commit, saving, response, content, needed, wait)
         if wait:
             self.wait()
@@ -303,7 +303,7 @@ class Checkpointer(CheckpointReader):
         def write() -> None:
             if isinstance(response, Exception):
                 raise response
-            response.result()
+            processes.wait_for(f"save_{self._saves}", response.result)
 
         def name() -> None:
             if jax.process_index() == 0:
@@ -311,19 +311,18 @@ class Checkpointer(CheckpointReader):
                 self._rename(saving, content["step"])
                 self._damaged.discard(content["step"])
 
-        for part in (write, name):  # nobody goes on, or returns, before all are done
-            failure = None
-            try:
-                part()
-            except Exception as error:
+        def describe(error: Exception) -> CheckpointError:
+            if jax.process_count() == 1:
                 storage.remove(saving)  # before the free bytes are counted
-                failure = storage.save_failure(error, self.directory, content["step"], needed)
-                failure.__cause__ = error
-            told = processes.gather("saved", failure and str(failure))
-            if any(told):
-                failure = failure or CheckpointError(next(filter(None, told)))
-                if not quiet and jax.process_index() == 0:
-                    self._warn(f"{failure}; the run goes on")
+            return storage.save_failure(error, self.directory, content["step"], needed)
+
+        for part in (write, name):  # nobody goes on, or returns, before all are done
+            failure = processes.attempt("saved", part, describe)
+            if failure is not None:
+                if jax.process_index() == 0:
+                    storage.remove(saving)
+                    if not quiet:
+                        self._warn(f"{failure}; the run goes on")
                 return failure
         if jax.process_index() == 0:
             try:
@@ -336,6 +335,17 @@ class Checkpointer(CheckpointReader):
             except (OSError, CheckpointError) as error:
                 self._warn(f"old checkpoints in {self.directory} could not be deleted: {error}")
         return None
+
+    def _begin(self, saving: Path, parts: state_tree.Parts, needed: int):
+        """Copy the arrays, to be written in the background; the wait for that, or its failure."""
+        self._saves += 1
+        try:
+            return storage.orbax().save_checkpointables_async(saving / manifest.ARRAYS, parts)
+        except Exception as error:
+            if jax.process_count() == 1:
+                return error
+            failure = storage.save_failure(error, self.directory, int(saving.stem), needed)
+            raise ProcessError(f"{failure}; the other processes wait for it") from error
 
     def _make(self, saving: Path) -> None:
         """The directory of a save, without those of earlier ones that failed."""

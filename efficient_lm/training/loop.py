@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from efficient_lm import watch
+from efficient_lm import distributed, watch
 from efficient_lm.config import Config
 from efficient_lm.data.pipeline import make_evaluation_batches
 from efficient_lm.data.prefetch import prefetch_to_device
@@ -41,7 +41,7 @@ def train(config: Config, workdir: str | Path, *, profile: bool = False) -> dict
       SystemExit: 128 + the number of the signal, after SIGTERM or SIGINT and once all is saved.
     """
     mesh = make_run_mesh(config)
-    with locked(Path(workdir)):
+    with distributed.attended(), locked(Path(workdir)):
         run = set_up(config, Path(workdir), mesh)
         with (
             run.checkpointer,
@@ -99,6 +99,7 @@ class _Loop:
             if batch is None:
                 batch = next(self.batches)
             self._trace(done)
+            watch.begins(done)
             self.state, metrics = step(self.state, batch)
             batch = None
             if done % config.training.log_every == 0 or done == total:

@@ -62,7 +62,7 @@ def count(closed_jaxpr: Any, batch_inputs: list[bool]) -> Work:
     attention by the tiles its mask leaves. A while loop without a plain bound counts once (noted).
     """
     inputs = [_Known(split=split) for split in batch_inputs]
-    work, _ = _visit(closed_jaxpr.jaxpr, closed_jaxpr.consts, inputs)
+    work, _ = _visit(*_open(closed_jaxpr), inputs)
     return work
 
 
@@ -96,7 +96,7 @@ def _equation(work: Work, equation, given: list[_Known]) -> list[_Known] | None:
     if name == "while":
         return _while(work, equation, given)
     if name == "cond":
-        branches = [_visit(b.jaxpr, b.consts, given[1:]) for b in parameters["branches"]]
+        branches = [_visit(*_open(b), given[1:]) for b in parameters["branches"]]
         work.add(max((branch[0] for branch in branches), key=lambda w: w.total()))
         return branches[0][1]
     if name == "pallas_call":
@@ -104,7 +104,7 @@ def _equation(work: Work, equation, given: list[_Known]) -> list[_Known] | None:
         return None
     if name == "shard_map":
         mesh, manual = parameters["mesh"], parameters["newly_manual_axes"]
-        inside, outputs = _visit(parameters["jaxpr"], (), given)
+        inside, outputs = _visit(*_open(parameters["jaxpr"]), given)
         devices = math.prod(mesh.shape[axis] for axis in manual)
         # Bytes inside are of one device already, also those of weights that it gathered.
         inside.split_bytes, inside.whole_bytes = inside.split_bytes + inside.whole_bytes, 0.0
@@ -118,7 +118,7 @@ def _equation(work: Work, equation, given: list[_Known]) -> list[_Known] | None:
         _traffic(work, equation, given)
         return None
     for inner in _inner(parameters):
-        jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+        jaxpr, consts = _open(inner)
         if len(jaxpr.invars) == len(given) and len(jaxpr.outvars) == len(equation.outvars):
             inside, outputs = _visit(jaxpr, consts, given)
             work.add(inside)
@@ -183,31 +183,44 @@ def _on_host(aval) -> bool:
 
 
 def _scan(work: Work, equation, given: list[_Known]) -> list[_Known]:
-    parameters = equation.params
-    closed, length = parameters["jaxpr"], parameters["length"]
-    consts, carry = parameters["num_consts"], parameters["num_carry"]
+    closed, length = equation.params["jaxpr"], equation.params["length"]
+    jaxpr = _open(closed)[0]
+    # What is scanned or stacked has one axis more than in the body: constants, carry, scanned.
+    scanned = _deeper(equation.invars, jaxpr.invars)
+    carry = len(equation.outvars) - _deeper(equation.outvars, jaxpr.outvars)
+    consts = len(given) - scanned - carry
     # What the batch enters in one turn is of the batch from then on.
     inputs = list(given)
     for _ in range(2):
-        inside, outputs = _visit(closed.jaxpr, closed.consts, inputs)
+        inside, outputs = _visit(*_open(closed), inputs)
         for i in range(carry):
             inputs[consts + i] = _Known(split=inputs[consts + i].split or outputs[i].split)
     work.add(inside, length)
-    if parameters["reverse"]:
+    reverse = equation.params["reverse"]
+    if reverse:
         xs = zip(equation.invars[consts + carry :], given[consts + carry :], strict=True)
         work.saved_bytes += sum(
             _bytes(atom.aval) for atom, k in xs if k.stacked and k.split and not _on_host(atom.aval)
         )
-    stacked = not parameters["reverse"]
-    return [_Known(o.split, stacked=stacked and i >= carry) for i, o in enumerate(outputs)]
+    return [_Known(o.split, stacked=not reverse and i >= carry) for i, o in enumerate(outputs)]
+
+
+def _open(jaxpr) -> tuple[Any, Any]:
+    """A jaxpr and its constants, closed or not."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def _deeper(outside, inside) -> int:
+    """How many of the outer values have an axis that the inner ones lack."""
+    return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outside, inside, strict=True))
 
 
 def _while(work: Work, equation, given: list[_Known]) -> list[_Known]:
     parameters = equation.params
     first = parameters["cond_nconsts"]
     body = parameters["body_jaxpr"]
-    inside, outputs = _visit(body.jaxpr, body.consts, given[first:])
-    trips = _trips(parameters["cond_jaxpr"].jaxpr, given[:first] + given[first:][
+    inside, outputs = _visit(*_open(body), given[first:])
+    trips = _trips(_open(parameters["cond_jaxpr"])[0], given[:first] + given[first:][
         parameters["body_nconsts"] :])  # fmt: skip
     if trips is None and inside.total():
         work.notes.add("a while loop without a plain bound is counted once")
@@ -235,7 +248,7 @@ def _kernel(work: Work, equation, given: list[_Known]) -> None:
         work.flops[kind] += float(parameters["cost_estimate"].flops)
         return
     mapping, body = parameters["grid_mapping"], parameters["jaxpr"]
-    inside, _ = _visit(body, (), [_Known()] * len(body.invars))
+    inside, _ = _visit(*_open(body), [_Known()] * len(body.invars))
     turns = math.prod(n for n in mapping.grid if isinstance(n, int))
     if any(not isinstance(n, int) for n in mapping.grid):
         work.notes.add(f"{kind} has a grid of unknown size")

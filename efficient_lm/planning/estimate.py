@@ -21,9 +21,10 @@ from efficient_lm.planning.count import count
 from efficient_lm.planning.roofline import bounds, link_seconds
 from efficient_lm.planning.topologies import Topology
 
-# Arrays of a layer's backward pass that are alive at once, in widths: found by compiling Llama-3-8B
-# for v5e:16x16 with 1 and 4 rows a device (libtpu 0.0.52): 132 KB a token, and 1.6 layers' weights.
-ALIVE_FFN, ALIVE_STREAM, ALIVE_LAYERS = 4, 4, 2
+# What is alive at once in the backward pass: widths of a token, layers of gathered weights, and fp32
+# copies of the unembedding's gradient, which each device sums whole. Found by compiling Llama-3-8B
+# for v5e, v5p and TPU7x with 1, 4 and 8 rows a device (libtpu 0.0.52); totals were within 10%.
+ALIVE_FFN, ALIVE_STREAM, ALIVE_LAYERS, ALIVE_HEADS = 4, 4, 2, 1
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,13 @@ class Estimator:
         parameters = self._parameter_bytes(config.parallel)
         layer = self._layer_bytes() * 2 / 4 / tensor  # in bf16
         width = self._widest() * ALIVE_FFN / tensor + model.embed_dim * ALIVE_STREAM
+        head = 4.0 * model.vocabulary_size * model.embed_dim if len(topology.devices) > 1 else 0.0
         memory = {
             "parameters": parameters,
             "optimizer": parameters * self._optimizer,
             "gradients": parameters * (2 if steps > 1 else 1),
             "saved activations": saved * alive / self._shared(config, sizes),
-            "other temporaries": 2 * width * alive + ALIVE_LAYERS * layer,
+            "other temporaries": 2 * width * alive + ALIVE_LAYERS * layer + ALIVE_HEADS * head,
         }
         devices = len(topology.devices)
         traffic = split * tokens / tensor + whole * steps / tensor

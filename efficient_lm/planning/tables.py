@@ -148,8 +148,9 @@ def _collectives(plan) -> str:
 def _times(plan) -> str:
     roofline = plan["roofline"]
     seconds = roofline["seconds"]
+    rate = plan["topology"]["flops_per_second"] / 1e12
     rows = [
-        ["compute", duration(seconds["compute"]), "executed FLOPs at the data sheet's rate"],
+        ["compute", duration(seconds["compute"]), f"executed FLOPs at {rate:,.3g} TFLOP/s"],
         ["memory", duration(seconds["memory"]), size(plan["memory_traffic"]["bytes"])],
         ["interconnect", duration(seconds["interconnect"]), "all collectives, one after another"],
         ["step, all overlapped", duration(seconds["overlapped"]),

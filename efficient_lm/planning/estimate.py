@@ -21,9 +21,9 @@ from efficient_lm.planning.count import count
 from efficient_lm.planning.roofline import bounds, link_seconds
 from efficient_lm.planning.topologies import Topology
 
-# What is alive at once in the backward pass: widths of a token, layers of gathered weights, and fp32
-# copies of the unembedding's gradient, which each device sums whole. Found by compiling Llama-3-8B
-# for v5e, v5p and TPU7x with 1, 4 and 8 rows a device (libtpu 0.0.52); totals were within 10%.
+# What is alive at once in the backward pass: widths of a token, layers of gathered weights, and
+# fp32 copies of the unembedding's gradient, which each device sums whole. Found by compiling
+# Llama-3-8B for v5e, v5p and TPU7x with 1, 4 and 8 rows a device (libtpu 0.0.52): within 10%.
 ALIVE_FFN, ALIVE_STREAM, ALIVE_LAYERS, ALIVE_HEADS = 4, 4, 2, 1
 
 

@@ -67,7 +67,7 @@ def test_advice_keeps_less_before_all_else(estimated):
 
 def test_then_it_takes_more_microbatches(estimated):
     line = advise(estimated, llama(2048), "v5e:16x16")
-    assert line.startswith("--config.optimizer.accumulation_steps=2 (compiled: ")
+    assert line.startswith("--config.optimizer.accumulation_steps=4 (compiled: ")
 
 
 def test_then_it_splits_the_parameters(estimated):

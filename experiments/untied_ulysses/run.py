@@ -1,8 +1,8 @@
 """Untied Ulysses: time and memory of training steps at long contexts, method by method.
 
 `python experiments/untied_ulysses/run.py --out=results/x.json` times Llama-3-8B layers on all GPUs;
-`--scaling` times the 1B model over 1, 2, ... GPUs by fsdp; `--smoke` runs tiny shapes on fake CPU
-devices. Every row is a process of its own.
+`--scaling` times the 1B model over 1, 2, ... GPUs by fsdp; `--size=small --fake` needs no GPU.
+Every row is a process of its own.
 """
 
 import argparse
@@ -22,6 +22,8 @@ SIZES = {
            "vocabulary": 128_256, "layers": 32},
     "1b": {"embed_dim": 2048, "heads": 32, "keys": 8, "head_dim": 64, "hidden_dim": 8192,
            "vocabulary": 128_256, "layers": 16},
+    "small": {"embed_dim": 256, "heads": 32, "keys": 8, "head_dim": 8, "hidden_dim": 512,
+              "vocabulary": 512, "layers": 2},
     "tiny": {"embed_dim": 32, "heads": 8, "keys": 4, "head_dim": 8, "hidden_dim": 64,
              "vocabulary": 96, "layers": 2},
 }  # fmt: skip
@@ -43,7 +45,7 @@ def make_config(size: str, length: int, rows: int, layers: int | None, **paralle
             "mixers": {"attention": attention},
             "ffns": {"dense": {"hidden_dim": shape["hidden_dim"]}},
             "tie_embeddings": False,
-            "dtype": "float32" if size == "tiny" else "bfloat16",
+            "dtype": "bfloat16" if size in ("8b", "1b") else "float32",
             "remat": "full",
             "ffn_tokens_at_once": 8192 if length > 65_536 else None,
         },
@@ -78,23 +80,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--devices", type=int, default=2, help="that share the tokens of a row")
-    parser.add_argument("--layers", type=int, default=1, help="of the 8B model")
+    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--layers", type=int, default=1, help="of the model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[131_072, 524_288, 1_048_576])
     parser.add_argument("--methods", nargs="+", default=["ulysses", "upipe2", "upipe8", "ring"])
     parser.add_argument("--steps", type=int, default=2, help="timed; 0: compile only")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing new after")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--fake", action="store_true", help="fake devices of the CPU")
     arguments = parser.parse_args()
     began = time.perf_counter()
-    values = {"command": " ".join(sys.argv), "versions": versions(), "rows": []}
+    values = {"command": " ".join(["experiments/untied_ulysses/run.py", *sys.argv[1:]]),
+              "versions": versions(), "rows": []}  # fmt: skip
 
     def add(row: dict, config: dict, devices: int, steps: int) -> None:
         if time.perf_counter() - began > arguments.seconds:
             row |= {"error": "no time left"}
         else:
             given = {"config": config, "devices": devices, "steps": steps,
-                     "fake_devices": devices if arguments.smoke else 0}  # fmt: skip
+                     "fake_devices": devices if arguments.fake else 0}  # fmt: skip
             row |= run_child(given)
         values["rows"].append(row)
         values["seconds"] = round(time.perf_counter() - began, 1)
@@ -103,7 +107,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     if arguments.scaling:
-        size, length, rows = ("tiny", 64, 2) if arguments.smoke else ("1b", 4096, 4)
+        size, length, rows = ("tiny", 64, 2) if arguments.fake else ("1b", 4096, 4)
         counts = [2**i for i in range(arguments.devices.bit_length())]
         for devices in [*counts, 1]:  # one device first and last
             config = make_config(size, length, rows * devices, None, fsdp=devices)
@@ -111,12 +115,11 @@ def main() -> None:
                    "rows": rows * devices}  # fmt: skip
             add(row, config, devices, 10)
         return
-    size = "tiny" if arguments.smoke else "8b"
     for length in arguments.lengths:
         for name in arguments.methods:
             parallel = method(name, arguments.devices)
-            config = make_config(size, length, 1, arguments.layers, **parallel)
-            row = {"what": "long context", "size": size, "layers": arguments.layers,
+            config = make_config(arguments.size, length, 1, arguments.layers, **parallel)
+            row = {"what": "long context", "size": arguments.size, "layers": arguments.layers,
                    "devices": arguments.devices, "length": length, "method": name}  # fmt: skip
             add(row, config, arguments.devices, arguments.steps)
 

@@ -104,7 +104,9 @@ def processes(place: Place | None, limits: Limits) -> Iterator[None]:
                 heartbeat_timeout_seconds=int(max(100, 3 * limits.peer)),
             )
             yield
+        jax.distributed.shutdown()  # threads that wait for another process's failed save end by it
     except SystemExit:
+        jax.distributed.shutdown()
         raise
     except BaseException as error:
         if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""The watch over processes: who dies, falls silent, lags or fails ends all, in time and in a line."""
+"""The watch over processes: who dies, stands still, lags or fails ends all, in a line."""
 
 import os
 import signal

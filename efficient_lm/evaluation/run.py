@@ -1,5 +1,6 @@
 """Evaluation of a work directory: parameters on the mesh, a split, metrics and their origin."""
 
+import functools
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from efficient_lm.config import Config
 from efficient_lm.data import synthetic
@@ -19,7 +21,7 @@ from efficient_lm.evaluation.recall import evaluate_recall, make_predictor
 from efficient_lm.inference.load import abstract_arrays, open_run
 from efficient_lm.model.definition import define
 from efficient_lm.parallel.mesh import make_mesh
-from efficient_lm.parallel.placement import data_shard, place_batch
+from efficient_lm.parallel.placement import data_shard, place_batch, place_whole
 from efficient_lm.parallel.rules import parameter_shardings
 from efficient_lm.training.manifest import versions
 
@@ -61,15 +63,14 @@ def evaluate_run(
     given = config.evaluation.batch_size or config.data.batch_size
     rows = -(-given // mesh.size) * mesh.size  # padded rows score nothing
     index, count = data_shard(mesh)
-    batches = make_evaluation_batches(
+    batches = functools.partial(
+        make_evaluation_batches,
         config.data,
         tokenizer,
         split,
         batch_size=rows,
         stride=config.evaluation.stride,
         limit=limit,
-        process_index=index,
-        process_count=count,
     )
     definition = define(config.model)
     abstract = jax.tree.map(
@@ -78,12 +79,19 @@ def evaluate_run(
         parameter_shardings(mesh, definition.parameters, config.parallel.rules),
     )
     parameters = saved.restore(abstract)
-    scorer = jax.jit(make_scorer(config, definition, mesh, np.asarray(tokenizer.byte_lengths)))
-    metrics = evaluate_batches(lambda b: scorer(parameters, place_batch(b, mesh)), batches)
+    everywhere = NamedSharding(mesh, PartitionSpec())  # all processes read the results
+    scorer = jax.jit(
+        make_scorer(config, definition, mesh, np.asarray(tokenizer.byte_lengths)),
+        out_shardings=everywhere,
+    )
+    metrics = evaluate_batches(
+        lambda b: scorer(parameters, place_batch(b, mesh)),
+        batches(process_index=index, process_count=count),
+    )
     if config.data.source in synthetic.TASKS:
-        predictor = jax.jit(make_predictor(config, definition, mesh))
+        predictor = jax.jit(make_predictor(config, definition, mesh), out_shardings=everywhere)
         metrics["recall"] = evaluate_recall(
-            lambda b: predictor(parameters, place_batch(b, mesh)), batches
+            lambda b: predictor(parameters, place_whole(b, mesh)), batches()
         )
     device = mesh.devices.flat[0]
     return {

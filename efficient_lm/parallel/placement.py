@@ -65,6 +65,17 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     return {name: place(name, rows) for name, rows in batch.items()}
 
 
+def place_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The same from all rows, which every process has."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(
+            rows.shape, sharding, lambda place, rows=rows: rows[place]
+        )
+        for name, rows in batch.items()
+    }
+
+
 def row_shards(owners: Int[np.ndarray, "G D"]) -> tuple[frozenset[int], ...]:
     """The groups of rows that make up each data shard, in the order of their first group.
 

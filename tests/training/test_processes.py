@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficient_lm.errors import ProcessError
+from efficient_lm.errors import CheckpointError, ProcessError
+from efficient_lm.training import storage
 from efficient_lm.training.checkpoint import CheckpointReader
 from efficient_lm.training.metrics import read_metrics
 
@@ -204,3 +205,30 @@ def test_a_coordinator_that_is_not_there(config, tmp_path):
     assert "cannot reach process 0 at localhost:1233" in line and "tried for 1 s" in line
     assert time.monotonic() - began < 15
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_in_one_process_fails_in_both(failing, tmp_path):
+    port = str(free_port())
+    program = Path(__file__).with_name("failing_saves.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(index), port, str(tmp_path), str(failing)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        output, _ = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, output
+        assert "failed: checkpoint 2 could not be saved" in output
+        assert output.splitlines()[-1] == "[1, 3]"
+
+
+def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_LOCK_PATIENCE", 0.2)
+    refused = pytest.raises(CheckpointError, match=r"is in use by process \d+ on .*; stop that run")
+    with storage.locked(tmp_path / "run"), refused, storage.locked(tmp_path / "run"):
+        pass
+    with storage.locked(tmp_path / "run"):  # a lock file that is left does not lock
+        pass

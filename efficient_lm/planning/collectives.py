@@ -42,7 +42,8 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> tuple[list[Col
     mesh_shape: sizes of the mesh axes, whose product is the number of partitions. A collective in
     a loop counts with the loop's trips, which are read from `known_trip_count` or from the bound in
     the loop's condition; notes say where neither is there. On TPUs one collective may be spread
-    over several fusions to overlap with their work; its parts share a channel and count once.
+    over several fusions to overlap with their work; its parts share a chain and count once. Those
+    between slices are transfers through the host there, and along "dcn".
     """
     computations, entry = _computations(text)
     notes: set[str] = set()
@@ -53,13 +54,15 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> tuple[list[Col
             continue
         for line in lines:
             match = _OPERATION.match(line)
-            if match is None:
-                continue
-            one = _collective(match, name, runs[name], mesh_shape)
+            if match is not None:
+                one = _collective(match, name, runs[name], mesh_shape)
+            else:
+                one = _between_slices(line, runs[name], mesh_shape)
             if one is None:
                 continue
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = (channel.group(1) if channel else match.group(1), one.kind, one.bytes)
+            chain = re.search(r'chain_id="(\d+)"', line)
+            part = re.match(r"\s*(?:ROOT )?%?([\w.-]+) =", line).group(1)
+            key = (chain.group(1), one.kind, one.bytes) if chain else (name, part)
             if key not in found or found[key].times < one.times:
                 found[key] = one
     return list(found.values()), notes
@@ -148,6 +151,25 @@ def _collective(match, computation: str, times: int, mesh_shape) -> Collective |
     operation = re.search(r'op_name="([^"]*)"', rest)
     return Collective(
         kind, size, times, axes, whole, group, operation.group(1) if operation else name
+    )
+
+
+def _between_slices(line: str, times: int, mesh_shape: Mapping[str, int]) -> Collective | None:
+    """What libtpu sends through the host for a collective between slices; None for other lines."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+    sent = re.match(r"\s*(?:ROOT )?%?[\w.-]+ = \((.*?)\) send\(", line)
+    if kind is None or sent is None:
+        return None
+    name = kind.group(1).lower().replace("_", "-")
+    size = _size(*_SHAPE.findall(sent.group(1))[0])
+    slices = mesh_shape["dcn"]
+    if name == "all-gather":
+        size *= slices
+    group = tuple(
+        range(0, math.prod(mesh_shape.values()), math.prod(mesh_shape.values()) // slices)
+    )
+    return Collective(
+        name if name in KINDS else "collective-permute", size, times, ("dcn",), True, group, name
     )
 
 

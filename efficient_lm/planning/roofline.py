@@ -24,23 +24,23 @@ def link_seconds(collective: Collective, devices: Sequence, topology: Topology) 
     devices of a chip. Where a group spans slices, its bytes also cross the data-center network.
     """
     chip = topology.chip
-    size, kind, members = collective.bytes, collective.kind, len(collective.group)
-    share = size
-    if kind not in ("all-to-all", "ragged-all-to-all", "collective-permute"):
-        share *= (members - 1) / members * (2 if kind == "all-reduce" else 1)
+    size, kind = collective.bytes, collective.kind
     group = [devices[i] for i in collective.group]
     slices = len({getattr(device, "slice_index", None) for device in group})
+    inside = len(group) // slices
+    exchange = "all-to-all" in kind or kind == "collective-permute"
+    twice = 2 if kind == "all-reduce" else 1
     seconds = 0.0
     if slices > 1:
-        # Each device brings its part of the group's array across; parts within a slice differ.
-        inside = members / slices
-        crossing = share / (1 if "all-to-all" in kind else inside) * (slices - 1) / slices
-        seconds = crossing / chip.network
+        # Within a slice each device first reduces, or in the end gathers, what the others bring.
+        crossing = size if exchange else size / inside
+        seconds = twice * crossing * (slices - 1) / slices / chip.network
     if chip.link_bandwidth is None:
         return None
+    share = size if exchange else twice * size * (inside - 1) / inside
     if not chip.torus:
         return seconds + share / chip.link_bandwidth
-    return seconds + share * _seconds_per_byte(kind, group, topology)
+    return seconds + share * _seconds_per_byte(kind, group[:inside], topology)
 
 
 def _seconds_per_byte(kind: str, devices: Sequence, topology: Topology) -> float:

@@ -35,8 +35,8 @@ def search(config: Config, topology: Topology) -> list[dict[str, Any]]:
     """Rows, best first: the variants that compiled (`plan` has theirs) and then the estimated ones.
 
     Mesh shapes (data x fsdp x tensor, and sequence where rows are fewer than devices), microbatches
-    and remat policies are estimated all; those that fit are ranked by the larger of compute, memory
-    and link time, then by their sum, and the first few are compiled. ConfigError when none divides.
+    and remat policies are estimated all; those that fit are ranked by `middle` of their bounds, and
+    the first few are compiled. ConfigError when none divides.
     """
     estimator = Estimator(config, topology)
     ranked = sorted(variants(config, topology, estimator), key=lambda v: _rank(v, topology))
@@ -54,7 +54,7 @@ def search(config: Config, topology: Topology) -> list[dict[str, Any]]:
         row["fits"] = row["plan"]["memory"]["fits"]
         row["memory"] = row["plan"]["memory"]["total"]
         row["seconds"] = row["plan"]["roofline"]["seconds"]
-    best = lambda row: (not row["fits"], *_order(row["seconds"]))  # noqa: E731
+    best = lambda row: (not row["fits"], middle(row["seconds"]))  # noqa: E731
     return sorted(compiled, key=best) + rows[len(compiled) :]
 
 
@@ -132,13 +132,16 @@ def fits(estimate: Estimate, topology: Topology) -> bool:
     return memory is None or estimate.total <= MARGIN * memory
 
 
-def _order(seconds: dict[str, Any]) -> tuple[float, float]:
-    """Bounds that differ by less than a percent are taken as equal."""
-    return round(math.log(seconds["overlapped"]), 2), seconds["serial"]
+def middle(seconds: dict[str, Any]) -> float:
+    """The mean of a step's bounds with all overlapped and with nothing: what ranks variants.
+
+    No more than that is known of the overlap, and by the first bound alone links would be free.
+    """
+    return (seconds["overlapped"] + seconds["serial"]) / 2
 
 
 def _rank(variant: Variant, topology: Topology) -> tuple:
-    return (not fits(variant.estimate, topology), *_order(variant.estimate.seconds))
+    return (not fits(variant.estimate, topology), middle(variant.estimate.seconds))
 
 
 def _row(variant: Variant, topology: Topology) -> dict[str, Any]:

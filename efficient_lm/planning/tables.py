@@ -110,10 +110,11 @@ def search_text(rows: Sequence[Mapping[str, Any]], shown: int = 12) -> str:
             [mesh or "one device", str(row["accumulation_steps"]), row["remat"],
              "yes" if row["fits"] else "no", size(row["memory"]), duration(seconds["compute"]),
              duration(seconds["memory"]), duration(seconds["interconnect"]),
-             duration(seconds["overlapped"]), mfu, "compiled" if plan else "estimated"]
+             duration(seconds["overlapped"]), duration(seconds["serial"]), mfu,
+             "compiled" if plan else "estimated"]
         )  # fmt: skip
     header = ["mesh", "microbatches", "remat", "fits", "a device", "compute", "memory", "links",
-              "step", "MFU", "source"]  # fmt: skip
+              "overlapped", "serial", "MFU", "source"]  # fmt: skip
     best = rows[0]
     end = f"{len(rows)} variants; times are lower bounds"
     if best["fits"]:

@@ -4,18 +4,18 @@ import pytest
 
 from efficient_lm.planning.collectives import axes_of, read_collectives, replica_groups
 
-# The shape of libtpu's text: an all-gather in three fusions of one loop body shares a channel, the
-# bound of the loop stands in its condition.
+# The shape of libtpu's text: an all-gather in two fusions of one loop body is one chain, the bound
+# of the loop stands in its condition, and collectives of shard_map all have the channel 1.
 TPU = """HloModule jit_train_step, is_scheduled=true
 
 %fused_computation.1 (param_0: bf16[1,16,64]) -> bf16[1,4096,64] {
   %param_0 = bf16[1,16,64]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.164 = bf16[1,4096,64]{2,1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=68, replica_groups=mesh['axis_0'=256] {'axis_0'}, dimensions={1}, use_global_device_ids=true, metadata={op_name="jit(train_step)/jvp()/while/body/closed_call/convert_element_type"}, backend_config={"flag_configs":[]}
+  ROOT %all-gather.164 = bf16[1,4096,64]{2,1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=68, replica_groups=mesh['axis_0'=256] {'axis_0'}, dimensions={1}, use_global_device_ids=true, frontend_attributes={chain_id="5"}, metadata={op_name="jit(train_step)/jvp()/while/body/closed_call/convert_element_type"}, backend_config={"flag_configs":[]}
 }
 
 %fused_computation.2 (param_1: bf16[1,16,64]) -> bf16[1,4096,64] {
   %param_1 = bf16[1,16,64]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.166 = bf16[1,4096,64]{2,1,0:T(8,128)(2,1)} all-gather(%param_1), channel_id=68, replica_groups=mesh['axis_0'=256] {'axis_0'}, dimensions={1}, use_global_device_ids=true
+  ROOT %all-gather.166 = bf16[1,4096,64]{2,1,0:T(8,128)(2,1)} all-gather(%param_1), channel_id=68, replica_groups=mesh['axis_0'=256] {'axis_0'}, dimensions={1}, use_global_device_ids=true, frontend_attributes={chain_id="5"}
 }
 
 %all-reduce-scatter.3 (input: bf16[4096,64]) -> bf16[16,64] {
@@ -40,6 +40,8 @@ TPU = """HloModule jit_train_step, is_scheduled=true
 ENTRY %main.1 (state: bf16[1,16,64]) -> bf16[1,16,64] {
   %while.75 = (s32[]{:T(128)}, bf16[1,16,64]{1,2,0:T(8,128)(2,1)S(1)}, /*index=5*/f32[]) while(%tuple), condition=%condition, body=%body, metadata={op_name="jit(train_step)/while"}
   %all-to-all = bf16[256,1,8,16]{2,3,1,0} all-to-all(%copy), channel_id=34, replica_groups=mesh['axis_0'=256] {'axis_0'}, dimensions={0}
+  %all_to_all.276 = bf16[2,128,2,1,64]{1,4,0,3,2} all-to-all(%copy.610), channel_id=1, replica_groups=mesh['axis_0'=256] {'axis_0'}, dimensions={2}
+  %all_to_all.277 = bf16[2,128,2,1,64]{1,4,0,3,2} all-to-all(%copy.612), channel_id=1, replica_groups=mesh['axis_0'=256] {'axis_0'}, dimensions={2}
   %all-reduce.10 = f32[]{:T(128)} all-reduce(%e), channel_id=38, replica_groups=mesh['axis_0'=256] {'axis_0'}, to_apply=%add
 }
 """  # noqa: E501
@@ -48,15 +50,30 @@ ENTRY %main.1 (state: bf16[1,16,64]) -> bf16[1,16,64] {
 def test_parts_of_one_collective_count_once_and_loops_their_trips():
     found, notes = read_collectives(TPU, {"data": 1, "fsdp": 256})
     assert not notes
-    rows = {(c.kind, c.bytes, c.times) for c in found}
-    assert rows == {
-        ("all-gather", 2 * 4096 * 64, 32),
-        ("reduce-scatter", 2 * 4096 * 64, 32),
-        ("all-reduce", 2 * 4 * 4096, 32),
-        ("all-to-all", 2 * 256 * 8 * 16, 1),
-        ("all-reduce", 4, 1),
-    }
+    rows = sorted((c.kind, c.bytes, c.times) for c in found)
+    assert rows == sorted(
+        [
+            ("all-gather", 2 * 4096 * 64, 32),
+            ("reduce-scatter", 2 * 4096 * 64, 32),
+            ("all-reduce", 2 * 4 * 4096, 32),
+            ("all-to-all", 2 * 256 * 8 * 16, 1),
+            ("all-to-all", 2 * 2 * 128 * 2 * 64, 1),
+            ("all-to-all", 2 * 2 * 128 * 2 * 64, 1),
+            ("all-reduce", 4, 1),
+        ]
+    )
     assert {c.axes for c in found} == {("fsdp",)} and all(c.whole for c in found)
+
+
+def test_transfers_between_slices_are_collectives_along_dcn():
+    text = """ENTRY %main (x: f32[2]) -> f32[8] {
+  %send.12 = (bf16[40,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%fusion.20, %after-all.12), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.12 = (bf16[40,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) recv(%after-all.12), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""  # noqa: E501
+    (one,), _ = read_collectives(text, {"dcn": 2, "fsdp": 4})
+    assert (one.kind, one.bytes, one.axes) == ("all-reduce", 2 * 40 * 8 * 128, ("dcn",))
+    assert one.group == (0, 4)
 
 
 def test_trip_counts_of_backends_that_state_them():

@@ -80,6 +80,14 @@ def test_tensor_parallelism_communicates_along_its_own_axis(v5e):
     assert any("tensor" in row["axes"] and row["kind"] == "all-reduce" for row in rows)
 
 
+def test_ulysses_exchanges_four_arrays_in_each_pass_of_each_layer(v5e):
+    rows = make_plan(config(fsdp=2, sequence=2), v5e)["collectives"]["rows"]
+    (row,) = [row for row in rows if row["kind"] == "all-to-all"]
+    passes, layers = 3, 2  # forward, again, backward
+    assert (row["axes"], row["count"]) == ("sequence", 4 * passes * layers)
+    assert row["bytes"] == row["count"] * (8 // 2) * (128 // 2) * 2 * 64 * 2  # q of a device, bf16
+
+
 def test_a_plan_of_this_host():
     local = make_plan(config(), find_topology("local"))
     assert local["memory"]["available"] is None and local["memory"]["fits"]

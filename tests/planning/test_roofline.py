@@ -69,7 +69,12 @@ def test_slices_are_joined_by_the_network():
     two = [SimpleNamespace(coords=d.coords, core_on_chip=0, slice_index=i)
            for i in range(2) for d in topology.devices]  # fmt: skip
     one = Collective("all-reduce", SIZE, 1, ("dcn",), True, (0, 4), "")
-    assert link_seconds(one, two, topology) == pytest.approx(SIZE / topology.chip.network / 2)
+    network, link = topology.chip.network, topology.chip.link_bandwidth
+    assert link_seconds(one, two, topology) == pytest.approx(SIZE / network)
+    both = Collective("all-reduce", SIZE, 1, ("dcn", "fsdp"), True, tuple(range(8)), "")
+    assert link_seconds(both, two, topology) == pytest.approx(
+        SIZE / 4 / network + 2 * SIZE * 3 / 4 / (2 * link)
+    )
 
 
 def test_bounds_and_rows_leave_unknown_rates_open():

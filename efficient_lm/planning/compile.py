@@ -54,7 +54,7 @@ class Compiled:
     fits: whether the compiler accepted it; if not, `arguments` is None and `temporaries` what it
     asked for. host: bytes that wait in the memory of the host. largest: the largest buffers of
     temporaries, (bytes, arrays that take turns in it). text: HLO after optimization, or None where
-    it cannot be read. source: of text.
+    it cannot be read.
     """
 
     fits: bool
@@ -64,7 +64,6 @@ class Compiled:
     host: int
     largest: list[tuple[int, str]]
     text: str | None
-    source: str
     seconds: float
 
 
@@ -162,31 +161,27 @@ def decode_program(config: Config, topology: Topology, batch: int, context: int)
     return Program("decode", mesh, definition, inputs, batch, traced)
 
 
-def compile_program(program: Program, topology: Topology) -> Compiled:
+def compile_program(program: Program) -> Compiled:
     """Compile it; a program that is too large for the memory is a result too, not an error."""
     with tempfile.TemporaryDirectory() as directory:
-        # Written files can be read for every chip, and also where the program does not fit;
-        # `as_text` of JAX 0.10 cannot.
+        # Written files can be read for every backend, and also where the program does not fit;
+        # `as_text` of JAX 0.10 cannot for some chips.
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         begin = time.perf_counter()
         needed = None
         try:
             with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
                 lowered = program.traced.lower()
-            compiled = lowered.compile(compiler_options=None if topology.local else options)
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             needed = _needed(str(error))
             if needed is None:
                 raise
         seconds = time.perf_counter() - begin
-        if topology.local:
-            text, source = compiled.as_text(), "HLO of the compiled program"
-        else:
-            text = _read(Path(directory), "*after_optimizations.txt")
-            source = "no HLO could be read" if text is None else "HLO that the compiler wrote"
+        text = _read(Path(directory), "*after_optimizations.txt")
         total, largest = _memory_report(Path(directory))
     if needed is not None:
-        return Compiled(False, None, total or needed, 0, 0, largest, text, source, seconds)
+        return Compiled(False, None, total or needed, 0, 0, largest, text, seconds)
     analysis = compiled.memory_analysis()
     return Compiled(
         True,
@@ -196,7 +191,6 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
         analysis.host_temp_size_in_bytes,
         largest,
         text,
-        source,
         seconds,
     )
 

@@ -97,7 +97,7 @@ class Estimator:
         traffic = split * tokens / tensor + whole * steps / tensor
         traffic += 2 * (1 + self._optimizer) * parameters
         step_flops = flops * config.data.batch_size * config.data.sequence_length / devices
-        link = self._link(config, sizes, alive)
+        link = self._link(config)
         return Estimate(memory, bounds(topology, step_flops, traffic, link))
 
     def _shared(self, config: Config, sizes: dict[str, int]) -> float:
@@ -128,36 +128,46 @@ class Estimator:
                   for x in _arrays(self.definition) if x.inputs]  # fmt: skip
         return max(widths, default=self.definition.config.embed_dim)
 
-    def _link(self, config: Config, sizes: dict[str, int], alive: float) -> float | None:
-        """Seconds of the collectives that the rules imply, one after another."""
+    def collectives(self, config: Config) -> list[Collective]:
+        """Those that the sharding rules imply for a step; a compiler may choose others."""
+        sizes = axis_sizes(config.parallel, len(self.topology.devices))
         model, steps = config.model, config.optimizer.accumulation_steps
+        split_rows, split_tokens = (math.prod(sizes[a] for a in axes) for axes in (ROWS, TOKENS))
+        tokens = config.data.batch_size * config.data.sequence_length / split_rows / split_tokens
+        alive = tokens / steps
         again = 1 if model.remat == "none" else 2
         weights = 2.0 * self.definition.count() / sizes["tensor"]
         stream = 2.0 * alive * model.embed_dim
         split = ("fsdp", *TOKENS) if config.parallel.rules != "replicated" else ()
+        rest = tuple(axis for axis in (*ROWS, *TOKENS) if axis not in split)
+        own = weights / math.prod(sizes[axis] for axis in split)
         heads = 2.0 * alive * 2 * self._heads_width() / sizes["tensor"]
         per_layer = model.num_layers * steps
-        wanted = [
+        implied = [
             ("all-gather", split, weights, again * steps),
             ("reduce-scatter", split, weights, steps),
-            ("all-reduce", tuple(a for a in (*ROWS, *TOKENS) if a not in split),
-             weights / math.prod(sizes[a] for a in split), steps),
+            ("all-reduce", rest, own, steps),
             ("all-reduce", ("tensor",), stream, 2 * (again + 1) * per_layer),
             ("all-to-all", ("sequence",), heads, 2 * (again + 1) * per_layer),
             ("collective-permute", ("ring",), heads / 2, (again + 1) * per_layer * sizes["ring"]),
-        ]  # fmt: skip
-        seconds = 0.0
-        mesh = None
-        for kind, axes, size, times in wanted:
+        ]
+        result = []
+        for kind, axes, size, times in implied:
             axes = tuple(axis for axis in axes if sizes[axis] > 1)
-            if not axes:
-                continue
-            mesh = mesh or self._mesh(config.parallel)
-            one = Collective(kind, size, 1, axes, True, _group(mesh, axes), "")
-            each = link_seconds(one, list(mesh.devices.flat), self.topology)
+            if axes:
+                group = _group(self._mesh(config.parallel), axes)
+                result.append(Collective(kind, size, times, axes, True, group, "rules"))
+        return result
+
+    def _link(self, config: Config) -> float | None:
+        """Seconds of those collectives, one after another."""
+        devices = list(self._mesh(config.parallel).devices.flat)
+        seconds = 0.0
+        for one in self.collectives(config):
+            each = link_seconds(one, devices, self.topology)
             if each is None:
                 return None
-            seconds += each * times
+            seconds += each * one.times
         return seconds
 
     def _heads_width(self) -> int:

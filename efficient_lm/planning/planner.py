@@ -17,6 +17,7 @@ from efficient_lm.planning.compile import (
     train_program,
 )
 from efficient_lm.planning.count import count
+from efficient_lm.planning.estimate import Estimator
 from efficient_lm.planning.topologies import Topology
 from efficient_lm.training.flops import training_flops_per_token
 
@@ -39,7 +40,7 @@ def make_plan(
     else:
         program = decode_program(config, topology, *decode)
     traced = time.perf_counter() - begin
-    compiled = compile_program(program, topology)
+    compiled = compile_program(program)
     devices, chip = program.mesh.size, topology.chip
 
     flat = [(name == "batch" or name == "cache") for name, tree in program.inputs.items()
@@ -51,10 +52,14 @@ def make_plan(
     state = sum(row["bytes"] for row in memory["rows"] if row["of"] == "arguments")
     traffic = work.split_bytes / devices + work.whole_bytes / program.mesh.shape["tensor"]
     traffic += 2 * state if decode is None else 0
-    collectives, notes = [], set(work.notes)
+    notes = set(work.notes)
     if compiled.text is not None:
+        source = "HLO that the compiler wrote"
         collectives, unread = read_collectives(compiled.text, program.mesh.shape)
         notes |= unread
+    else:
+        source = "the sharding rules, for want of readable HLO"
+        collectives = Estimator(config, topology).collectives(config) if decode is None else []
     rows = roofline.by_axis(collectives, list(program.mesh.devices.flat), topology)
     if flops < model_flops:
         notes.add("MFU counts keys that masks leave out, as training does: its bound may pass 100%")
@@ -94,7 +99,7 @@ def make_plan(
             "source": f"{JAXPR}: operands and results of products, kernels and gathers, and the "
             "state, once each; element-wise work is taken as fused",
         },
-        "collectives": {"rows": rows, "source": compiled.source},
+        "collectives": {"rows": rows, "source": source},
         "roofline": {
             "seconds": seconds,
             "tokens_per_second": program.tokens / seconds["overlapped"],

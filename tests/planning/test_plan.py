@@ -131,6 +131,15 @@ def test_estimates_are_near_what_compiles(v5e, plan):
     )
 
 
+def test_without_readable_hlo_collectives_come_from_the_rules(monkeypatch):
+    from efficient_lm.planning import compile
+
+    monkeypatch.setattr(compile, "_read", lambda directory, pattern: None)
+    given = make_plan(config(), find_topology("local"))
+    assert given["collectives"]["source"].startswith("the sharding rules")
+    assert {row["kind"] for row in given["collectives"]["rows"]} == {"all-gather", "reduce-scatter"}
+
+
 def test_batches_and_meshes_that_do_not_divide_are_refused(v5e):
     with pytest.raises(ConfigError, match="= 6 rows cannot be split over 4 devices"):
         make_plan(config(rows=6), v5e)

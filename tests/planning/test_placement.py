@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -59,4 +58,5 @@ def test_holders_are_where_jax_puts_the_pieces():
         at = (index[1].start or 0) // 16, (index[2].start or 0) // 2
         assert numbers[device] in pieces[at[0]][at[1]]
     assert np.array(pieces).shape == (4, 2, 1)
-    assert jax.device_count() == 8
+    over_tensor = holders({"split": [[], ["tensor"]]}, mesh.shape)  # each piece on four devices
+    assert over_tensor == [[[0, 2, 4, 6]], [[1, 3, 5, 7]]]

@@ -229,6 +229,41 @@ def configs() -> str:
     return table(header, rows, left=len(header))
 
 
+def long_context() -> str:
+    """Steps of one Llama-3-8B layer with embedding and loss, by length and method."""
+    rows = [
+        (
+            f"{row['devices']} x {row['device']}", f"{row['length'] // 1024}k", row["method"],
+            number(row.get("step_seconds"), ".2f"), number(row.get("tokens_per_second"), ",.0f"),
+            number(row["temporary_bytes"] / 1e9, ".1f"),
+            number(row["peak_bytes"] / 1e9 if "peak_bytes" in row else None, ".1f"),
+            source(result),
+        )
+        for result in results("experiments/untied_ulysses/results/*.json")
+        for row in result["rows"]
+        if row["what"] == "long context" and row["size"] == "8b" and "error" not in row
+    ]  # fmt: skip
+    header = ("devices", "tokens", "method", "s/step", "tokens/s", "temporary GB", "peak GB", "")
+    return table(header, rows, left=3)
+
+
+def fsdp_scaling() -> str:
+    """The 1B model over more and more devices, the same rows on each."""
+    rows = []
+    for result in results("experiments/untied_ulysses/results/*.json"):
+        runs = [row for row in result["rows"] if row["what"] == "scaling" and "error" not in row]
+        alone = [row["tokens_per_second"] for row in runs if row["devices"] == 1]
+        rows += [
+            (
+                f"{row['devices']} x {row['device']}", number(row["tokens_per_second"], ",.0f"),
+                number(row["tokens_per_second"] / row["devices"] / max(alone), ".1%"),
+                number(row["peak_bytes"] / 1e9, ".1f"), source(result),
+            )
+            for row in runs
+        ]  # fmt: skip
+    return table(("devices", "tokens/s", "of one device, each", "peak GB", ""), rows)
+
+
 def explanation() -> str:
     """What `explain` says on a CPU."""
     import jax
@@ -249,6 +284,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "training_speed": training_speed,
     "decoding": decoding,
     "kernels": kernels,
+    "long_context": long_context,
+    "fsdp_scaling": fsdp_scaling,
     "configs": configs,
     "explanation": explanation,
 }

@@ -117,7 +117,7 @@ def mix_in_stages(
         at_once=at_once,
     )
     graph, parameters = parameters_of(mixer)
-    shared, of_chunks, of_stages, added = {}, {}, {}, []
+    shared, of_chunks, of_stages, added_once = {}, {}, {}, []
     for path, leaf in parameters.items():
         axis, place = head_axis(leaf)
         array = leaf[...]
@@ -130,14 +130,13 @@ def mix_in_stages(
         elif axis == "key_value_heads":
             of_chunks[path] = schedule.key_heads(array, place)
         elif axes_of(leaf) == ("embed",):
-            added.append(array)
+            added_once.append(array)
             shared[path] = jnp.zeros_like(array)
         else:
             shared[path] = array
     by_chunk = [name for name, axis in mixer.head_axes.items() if axis == "key_value_heads"]
     by_stage = [name for name, axis in mixer.head_axes.items() if axis == "heads"]
-    # The gradient of x is a sum over stages: in float32, as that of one product would be.
-    gradient_sum, fixed = _gradient_sum(x), jax.lax.stop_gradient(x)
+    fixed = jax.lax.stop_gradient(x)
 
     def part(*arrays):
         values = shared | {path: array for group in arrays for path, array in group.items()}
@@ -146,55 +145,89 @@ def mix_in_stages(
     def exchanged_of(projected):
         return {n: exchange.to_heads(y) for n, y in projected.items() if n in mixer.core_reads}
 
-    def chunk(y, scanned):
+    def chunk(carry, scanned):
+        y, into, out_of = carry
         keys, queries = scanned
         exchanged = {}
         if by_chunk:
-            exchanged = exchanged_of(part(keys).project(_into(fixed, gradient_sum), context, by_chunk))
+            seen, into = _into(fixed, into)
+            exchanged = exchanged_of(part(keys).project(seen, context, by_chunk))
 
-        def stage(y, queries):
+        def stage(carry, queries):
+            y, into, out_of = carry
+            seen, into = _into(fixed, into)
             piece = part(keys, queries)
-            projected = piece.project(_into(fixed, gradient_sum), context, by_stage)
+            projected = piece.project(seen, context, by_stage)
             entries = exchanged | exchanged_of(projected)
             mixed = exchange.to_tokens(exchange.core(piece, entries, context))
-            return y + piece.output(mixed, projected, context).astype(jnp.float32), None
+            added = piece.output(mixed, projected, context)
+            y = y + jax.lax.stop_gradient(added).astype(jnp.float32)
+            return (y, into, _out_of(added, out_of)), None
 
-        return jax.lax.scan(_keep_little(stage), y, queries)
+        return jax.lax.scan(_keep_little(stage), (y, into, out_of), queries)
 
-    y = jnp.zeros(x.shape, jnp.float32)
-    y, _ = jax.lax.scan(_keep_little(chunk), y, (of_chunks, of_stages))
-    for array in added:
-        y = y + array.astype(jnp.float32)[None, None]
-    return context.shard(y.astype(x.dtype), "batch", "residual_length", "embed")
+    start = (jnp.zeros(x.shape, jnp.float32), _enter(x), jnp.zeros_like(x))
+    (y, into, out_of), _ = jax.lax.scan(_keep_little(chunk), start, (of_chunks, of_stages))
+    y = _leave(y.astype(x.dtype), into, out_of)
+    for array in added_once:
+        y = y + array.astype(x.dtype)[None, None]
+    return context.shard(y, "batch", "residual_length", "embed")
+
+
+# Every stage reads x and adds to y. Differentiated as it stands, a loop would sum the gradient of
+# x in the type of x, rounding at each stage, and hand the gradient of y on in float32. So two
+# arrays of zeros that nobody reads go through the loops for the sake of their cotangents: `into`,
+# in float32, gathers the gradient of x, and `out_of`, in the type of x, brings that of y.
 
 
 @jax.custom_vjp
-def _gradient_sum(x):
-    """Float32 zeros that nobody reads, whose cotangent becomes that of x.
-
-    The transpose of a scan adds the cotangents of what its body closes over in their own type, so
-    x in bfloat16 would be rounded at every stage, and x in float32 would take twice its memory.
-    """
+def _enter(x):
+    """Where the gradient of x comes out."""
     return jnp.zeros(x.shape, jnp.float32)
 
 
-_gradient_sum.defvjp(
-    lambda x: (_gradient_sum(x), jnp.zeros((0,), x.dtype)),
+_enter.defvjp(
+    lambda x: (_enter(x), jnp.zeros((0,), x.dtype)),
     lambda like, gradient: (gradient.astype(like.dtype),),
 )
 
 
 @jax.custom_vjp
-def _into(x, gradient_sum):
-    """x, whose cotangent goes to `gradient_sum`."""
-    del gradient_sum
-    return x
+def _into(x, into):
+    """(x, into); the gradient of the first is added to that of the second."""
+    return x, into
 
 
 _into.defvjp(
-    lambda x, gradient_sum: (x, None),
-    lambda _, gradient: (jnp.zeros_like(gradient), gradient.astype(jnp.float32)),
+    lambda x, into: ((x, into), None),
+    lambda _, gradients: (None, gradients[0].astype(jnp.float32) + gradients[1]),
 )
+
+
+@jax.custom_vjp
+def _out_of(added, out_of):
+    """`out_of`, whose gradient is also that of what is added."""
+    del added
+    return out_of
+
+
+_out_of.defvjp(lambda added, out_of: (out_of, None), lambda _, gradient: (gradient, gradient))
+
+
+@jax.custom_vjp
+def _leave(y, into, out_of):
+    """y, whose gradient goes to `out_of`; that of `into` starts at zero."""
+    del into, out_of
+    return y
+
+
+def _start_gradients(_, gradient):
+    # Zeros that XLA knows as such it would select in the loop, which takes a second array of them.
+    zeros = jax.lax.optimization_barrier(jnp.zeros(gradient.shape, jnp.float32))
+    return None, zeros, gradient
+
+
+_leave.defvjp(lambda y, into, out_of: (y, None), _start_gradients)
 
 
 def _keep_little(body):

@@ -23,23 +23,30 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1, help="of the 8B model")
     parser.add_argument("--lengths", type=int, nargs="+", required=True)
     parser.add_argument("--methods", nargs="+", default=["ulysses", "upipe8"])
+    parser.add_argument("--remat", default="full")
     parser.add_argument("--attention", default="auto", help="implementation")
     arguments = parser.parse_args()
     topology = find_topology(arguments.topology)
     devices = len(topology.devices)
-    values = {"command": " ".join(["experiments/untied_ulysses/ahead.py", *sys.argv[1:]]),
-              "versions": run.versions(), "attention": arguments.attention, "rows": []}  # fmt: skip
+    values = {
+        "command": " ".join(["experiments/untied_ulysses/ahead.py", *sys.argv[1:]]),
+        "versions": run.versions(),
+        "attention": arguments.attention,
+        "remat": arguments.remat,
+        "rows": [],
+    }
     for length in arguments.lengths:
         for name in arguments.methods:
             fields = run.make_config("8b", length, 1, arguments.layers, **run.method(name, devices))
             fields["model"]["mixers"]["attention"]["implementation"] = arguments.attention
+            fields["model"]["remat"] = arguments.remat
             fields["objective"]["chunk_logits"] = 2**26
             compiled = compile_program(train_program(Config.from_dict(fields), topology))
             row = {"what": "long context", "size": "8b", "layers": arguments.layers,
                    "devices": devices, "length": length, "method": name,
                    "device": arguments.topology.partition(":")[0],
                    "fits": compiled.fits, "temporary_bytes": compiled.temporaries,
-                   "argument_bytes": compiled.arguments,
+                   "argument_bytes": compiled.arguments, "host_bytes": compiled.host,
                    "compile_seconds": round(compiled.seconds, 1)}  # fmt: skip
             values["rows"].append(row)
             arguments.out.write_text(json.dumps(values, indent=1) + "\n")

@@ -91,6 +91,7 @@ def _kernel(term: Term, q, S: int, soft_cap, interpret: bool, save_residuals: bo
         q_seq_shards=1,
         interpret=interpret,
         save_residuals=save_residuals,
+        residual_checkpoint_name="attention",
     )
 
 

@@ -11,6 +11,8 @@ from efficient_lm.config import Config
 from efficient_lm.model.definition import define
 from efficient_lm.parallel.mesh import make_mesh
 from efficient_lm.parallel.rules import batch_sharding
+from efficient_lm.planning.compile import compile_program, train_program
+from efficient_lm.planning.topologies import find_topology
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.state import abstract_state, make_initializer
 from efficient_lm.training.step import make_train_step
@@ -42,3 +44,19 @@ def test_each_chip_attends_to_its_own_rows_by_splash(fsdp):
     shapes = {shape for result in results for shape in re.findall(r"bf16\[([\d,]+)\]", result)}
     assert shapes == {"2,2,256,64"}  # 2 of 8 rows on each of 4 chips: [B, N, T, H]
     assert ("all-gather" in text) == (fsdp > 1)
+
+
+def test_remat_keeps_what_attention_computed():
+    calls = {}
+    for remat in ("full", "mixer"):
+        config = Config.from_dict(
+            {
+                "model": {"vocabulary_size": 256, "embed_dim": 128, "max_length": 256,
+                          "num_layers": 2, "dtype": "bfloat16", "remat": remat,
+                          "mixers": {"attention": {"num_heads": 2}}},
+                "data": {"sequence_length": 256, "batch_size": 8, "mask_across_documents": False},
+            }
+        )  # fmt: skip
+        compiled = compile_program(train_program(config, find_topology("v5e:2x2")))
+        calls[remat] = compiled.text.count('custom_call_target="tpu_custom_call"')
+    assert calls == {"full": 4, "mixer": 3}  # the forward pass of attention once or twice

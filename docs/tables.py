@@ -230,21 +230,24 @@ def configs() -> str:
 
 
 def long_context() -> str:
-    """Steps of one Llama-3-8B layer with embedding and loss, by length and method."""
+    """Steps of Llama-3-8B layers with embedding and loss, by length and method."""
     rows = [
         (
-            f"{row['devices']} x {row['device']}", f"{row['length'] // 1024}k", row["method"],
+            f"{row['devices']} x {row['device']}", row["layers"], f"{row['length'] // 1024}k",
+            row["method"],
             number(row.get("step_seconds"), ".2f"), number(row.get("tokens_per_second"), ",.0f"),
             number(row["temporary_bytes"] / 1e9, ".1f"),
             number(row["peak_bytes"] / 1e9 if "peak_bytes" in row else None, ".1f"),
+            number(row["host_bytes"] / 1e9 if row.get("host_bytes") else None, ".1f"),
             source(result),
         )
         for result in results("experiments/untied_ulysses/results/*.json")
         for row in result["rows"]
         if row["what"] == "long context" and row["size"] == "8b" and "error" not in row
     ]  # fmt: skip
-    header = ("devices", "tokens", "method", "s/step", "tokens/s", "temporary GB", "peak GB", "")
-    return table(header, rows, left=3)
+    header = ("devices", "layers", "tokens", "method", "s/step", "tokens/s", "temporary GB",
+              "peak GB", "host GB", "")  # fmt: skip
+    return table(header, rows, left=4)
 
 
 def fsdp_scaling() -> str:

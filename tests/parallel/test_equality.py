@@ -8,6 +8,7 @@ import pytest
 
 from efficient_lm import registry
 from efficient_lm.config import Config, layer
+from efficient_lm.errors import ConfigError
 from efficient_lm.model.definition import define, initialize
 from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import make_mesh
@@ -126,3 +127,24 @@ def test_every_preset_is_tried():
 def test_eight_devices_equal_one(mixer, case, mesh):
     config = make_config(mixer, case, MESHES[mesh])
     assert_same(loss_and_gradients(config, 8), expected(mixer, case, config.data.batch_size))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model"),
+    [
+        ("fsdp_ulysses", {"ffn_tokens_at_once": 4}),
+        ("megatron_ulysses", {"ffn_tokens_at_once": 2}),
+        ("fsdp_upipe", {"remat": "offload"}),
+        ("ring_ulysses", {"remat": "full"}),
+    ],
+)
+def test_what_saves_memory_changes_nothing(mesh, model):
+    config = make_config("attention", "grouped_4", MESHES[mesh], **model)
+    wanted = expected("attention", "grouped_4", config.data.batch_size)
+    assert_same(loss_and_gradients(config, 8), wanted)
+
+
+def test_pieces_that_do_not_divide_say_so():
+    config = make_config("attention", "multi_head", {"sequence": 8}, ffn_tokens_at_once=3)
+    with pytest.raises(ConfigError, match="ffn_tokens_at_once=3 does not divide the 4 tokens"):
+        loss_and_gradients(config, 8)

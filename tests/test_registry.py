@@ -35,11 +35,13 @@ def test_mixers_keep_the_contract_of_signatures():
     for name in registry.MIXERS:
         mixer = registry.mixer(name)
         for method, parameters in {
-            "__call__": ["self", "x", "context", "state"],
-            "project": ["self", "x", "context"],
+            "project": ["self", "x", "context", "names"],
             "core": ["self", "projected", "context", "state"],
             "output": ["self", "attended", "projected", "context"],
             "init_state": ["self", "batch", "max_length", "dtype"],
         }.items():
             found = list(inspect.signature(getattr(mixer, method)).parameters)
             assert len(found) == len(parameters), f"{name}.{method} takes {found}"
+        assert set(mixer.core_reads) <= set(mixer.head_axes), name
+        assert set(mixer.head_axes.values()) <= {"heads", "key_value_heads"}, name
+        assert isinstance(mixer.has_ring, bool), name

@@ -127,7 +127,10 @@ class Exchange:
             context = jax.tree.unflatten(structure, leaves)
             mixed, _, aux = rebuild(graph, whole).core(entries, context)
             if aux:
-                raise NotImplementedError(f"auxiliary values {list(aux)} of a core on a mesh")
+                raise ValueError(
+                    f"{type(mixer).__name__}.core returned auxiliary values ({', '.join(aux)}); "
+                    "devices hold other heads of them, so a core on a mesh must return none"
+                )
             return mixed
 
         head_spec = P(ROWS, "ring", HEADS)

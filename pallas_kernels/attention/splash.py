@@ -115,7 +115,7 @@ def _mask(splash, term: Term, T: int, S: int):
     class Mask(kind):
         """The kernel's builder asks of every block of a mask whether some or all of it is set.
 
-        Most blocks need no T x S comparisons to tell; without this, 128k tokens took two minutes.
+        Most blocks need no T x S comparisons to tell, which took a minute for 128k tokens.
         """
 
         def __getitem__(self, index):

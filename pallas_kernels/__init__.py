@@ -1,5 +1,7 @@
 """Kernels for TPU and GPU with portable references; depends on jax alone."""
 
 from pallas_kernels.attention import Mask, attention
+from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.gated_linear_attention import gated_linear_attention
 
-__all__ = ["Mask", "attention"]
+__all__ = ["Mask", "attention", "gated_delta_rule", "gated_linear_attention"]

@@ -1,0 +1,117 @@
+"""What the recurrent ops share: shapes, packed documents, and checks of their arguments.
+
+Sizes: B rows, T tokens, H heads of q and k, N = r H heads of v and the gates (value head n uses
+query and key head n // r), K key features, V value features.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels._core import compat
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choice of an implementation depends on. decay: "none", "scalar" or "vector"."""
+
+    target: compat.Target
+    dtype: str
+    B: int
+    T: int
+    H: int
+    N: int
+    K: int
+    V: int
+    decay: str
+    segments: bool
+
+
+class Documents(NamedTuple):
+    """Packed documents of the rows.
+
+    index: number of each token's document in its row, from 0, never falling; padding has that of
+    the token before it. The initial state belongs to document 0. real: False for padding.
+    """
+
+    index: Int[Array, "B T"]
+    real: Bool[Array, "B T"]
+
+
+def documents(segment_ids: Int[Array, "B T"]) -> Documents:
+    """Documents from segment ids: 0 is padding; each change between two real tokens starts one."""
+    real = segment_ids > 0
+    place = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    last_real = jax.lax.cummax(jnp.where(real, place, -1), axis=1)
+    before = jnp.pad(last_real, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    id_before = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    starts = real & (before >= 0) & (segment_ids != id_before)
+    return Documents(jnp.cumsum(starts, axis=1, dtype=jnp.int32), real)
+
+
+def over_heads(x: Float[Array, "B T H *K"], heads: int) -> Float[Array, "B T N *K"]:
+    """q or k with one head for each of `heads` value heads."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def decay_kind(g) -> str:
+    """ "none", "scalar" (a number a head and token) or "vector" (one a key feature)."""
+    return "none" if g is None else {3: "scalar", 4: "vector"}[g.ndim]
+
+
+def facts(q, v, g, segment_ids) -> Facts:
+    """The facts of the arguments, here."""
+    B, T, H, K = q.shape
+    return Facts(
+        compat.target(), q.dtype.name, B, T, H, v.shape[2], K, v.shape[3],
+        decay_kind(g), segment_ids is not None,
+    )  # fmt: skip
+
+
+def check(op: str, q, k, v, g, initial_state, segment_ids, beta=None) -> None:
+    """Raise one-line ValueErrors for arguments that do not fit together, or decays above 0.
+
+    Values are looked at where they are known, that is outside of jax.jit.
+    """
+    B, T, H, K = q.shape
+    N, V = v.shape[2:]
+    if T == 0:
+        raise ValueError(f"{op}: no tokens (T = 0); give at least one")
+    if k.shape != q.shape or v.shape[:2] != (B, T):
+        raise ValueError(
+            f"{op}: q {q.shape}, k {k.shape} and v {v.shape} do not fit; "
+            "q and k must be [B, T, H, K] and v [B, T, N, V]"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"{op}: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; "
+            "cast them to one dtype"
+        )
+    if N % H:
+        raise ValueError(
+            f"{op}: {N} value heads cannot share {H} key heads; "
+            "the number of key heads must divide the number of value heads"
+        )
+    if g is not None and g.shape not in ((B, T, N), (B, T, N, K)):
+        raise ValueError(
+            f"{op}: the log decay g has shape {g.shape}; it must be {(B, T, N)}, "
+            f"or {(B, T, N, K)} for a decay of each key feature"
+        )
+    if beta is not None and beta.shape != (B, T, N):
+        raise ValueError(f"{op}: beta has shape {beta.shape}; it must be {(B, T, N)}")
+    if initial_state is not None and initial_state.shape != (B, N, K, V):
+        raise ValueError(
+            f"{op}: initial_state has shape {initial_state.shape}; it must be {(B, N, K, V)}"
+        )
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}; it must be {(B, T)}")
+    if isinstance(g, jax.Array) and not isinstance(g, jax.core.Tracer):
+        largest = jnp.max(g)  # NaN if there is one
+        if not largest <= 0:
+            raise ValueError(
+                f"{op}: the log decay g has a value of {float(largest)}; it must be at most 0 and "
+                "not NaN: give the logarithm of a decay in (0, 1], such as -softplus(x)"
+            )

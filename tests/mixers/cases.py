@@ -37,4 +37,14 @@ CASES = {
             "rope": {"scaling": "yarn", "factor": 4.0, "original_max_length": 16},
         },
     },
+    "gated_deltanet": {
+        "shared_keys": {"num_value_heads": 4, "num_key_heads": 2, "key_dim": 4, "value_dim": 6},
+        "delta": {
+            "num_value_heads": 2,
+            "decay": False,
+            "gate": False,
+            "negative_eigenvalues": True,
+            "convolution_width": 2,
+        },
+    },
 }

@@ -17,4 +17,7 @@ CASES = {
         },
         "grouped_8": {"num_heads": 16, "num_key_value_heads": 8, "head_dim": 4, "soft_cap": 2.0},
     },
+    "gated_deltanet": {
+        "shared_keys": {"num_value_heads": 16, "num_key_heads": 4, "key_dim": 4, "value_dim": 6},
+    },
 }  # fmt: skip

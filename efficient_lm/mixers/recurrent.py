@@ -1,0 +1,111 @@
+"""What recurrent mixers share: projections, the parameters of a decay, norms, and their memory."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from efficient_lm.model.context import Context
+from efficient_lm.model.parameter import cast, parameter
+
+
+def project(
+    x: Float[Array, "B T D"], weights: Mapping[str, nnx.Param], context: Context
+) -> dict[str, Array]:
+    """x times each weight [D, ...], as [B, T, ...]; in one product where that is faster."""
+    arrays = {name: cast(weight, x.dtype) for name, weight in weights.items()}
+    flat = [array.reshape(len(array), -1) for array in arrays.values()]
+    if context.split.features == 1 and x.shape[0] * x.shape[1] >= 2 * x.shape[2]:
+        ends = np.cumsum([weight.shape[1] for weight in flat])
+        products = jnp.split(x @ jnp.concatenate(flat, axis=1), ends[:-1], axis=2)
+    else:
+        products = [x @ weight for weight in flat]
+    projected = {}
+    for (name, array), y in zip(arrays.items(), products, strict=True):
+        axes = weights[name].axes[1 - array.ndim :]  # without that of x, and that of layers
+        y = y.reshape(*x.shape[:2], *array.shape[1:])
+        projected[name] = context.shard(y, "batch", "length", *axes)
+    return projected
+
+
+def log_rate(rngs: nnx.Rngs, sizes: dict[str, int], low: float, high: float) -> nnx.Param:
+    """log A of a decay exp(-A step), with A uniform in [low, high] (Mamba-2); no weight decay."""
+    shape = tuple(sizes.values())
+    return parameter(
+        jnp.log(jax.random.uniform(rngs.params(), shape, jnp.float32, low, high)), tuple(sizes)
+    )
+
+
+def step_bias(rngs: nnx.Rngs, sizes: dict[str, int]) -> nnx.Param:
+    """b with softplus(b) log-uniform in [0.001, 0.1], steps as Mamba starts; no weight decay."""
+    low, high = np.log(1e-3), np.log(1e-1)
+    shape = tuple(sizes.values())
+    step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, low, high))
+    return parameter(step + jnp.log(-jnp.expm1(-step)), tuple(sizes))
+
+
+@jax.checkpoint  # which keeps x for the backward pass, and nothing in fp32
+def unit_norm(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """x / sqrt(|x|^2 + 1e-6) for each head, in fp32; finite gradients where x is zero."""
+    wide = x.astype(jnp.float32)
+    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
+
+
+def gated_norm(
+    x: Float[Array, "B T N H"],
+    scale: Float[Array, "H"],
+    gate: Float[Array, "B T N H"] | None,
+    activation: Callable[[Array], Array],
+    epsilon: float,
+) -> Float[Array, "B T N H"]:
+    """x / rms(x) * scale * activation(gate) for each head, in fp32."""
+
+    # Only the arguments are kept for the backward pass, not what is in fp32.
+    @jax.checkpoint
+    def run(x, scale, gate):
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        y = (
+            wide
+            * jax.lax.rsqrt(mean_square + epsilon)
+            * scale.astype(jnp.float32)[None, None, None]
+        )
+        if gate is not None:
+            y = y * activation(gate.astype(jnp.float32))
+        return y.astype(x.dtype)
+
+    return run(x, scale, gate)
+
+
+def init_memory(*shape: int) -> dict[str, Array]:
+    """The state of the recurrence before any token, [B, N, K, V], and the segment that it is of."""
+    return {
+        "memory": jnp.zeros(shape, jnp.float32),
+        "segment": jnp.zeros(shape[:1], jnp.int32),
+    }
+
+
+def memory_for(
+    state: Mapping[str, Any], segment_ids: Int[Array, "B T"] | None
+) -> tuple[Float[Array, "B N K V"], Int[Array, "B"]]:
+    """(the memory that the first document of each row starts from, the segment of its last token).
+
+    It is that of the state where the document goes on, else zeros; padding goes on with it.
+    """
+    segment = state["segment"]
+    if segment_ids is None:
+        segment_ids = jnp.ones((len(segment), 1), jnp.int32)
+
+    def first_real(segments):
+        place = jnp.argmax(segments > 0, axis=1)[:, None]
+        return jnp.take_along_axis(segments, place, axis=1)[:, 0]
+
+    first, last = first_real(segment_ids), first_real(segment_ids[:, ::-1])
+    goes_on = (first == segment) | (first == 0)
+    memory = jnp.where(goes_on[:, None, None, None], state["memory"], 0.0)
+    return memory, jnp.where(last > 0, last, segment)

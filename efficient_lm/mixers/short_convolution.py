@@ -61,8 +61,8 @@ def short_convolution(
     def parallel(x, weight, bias):
         return weighted_sum(_slots_before(x, segment_ids, width), weight, bias)
 
-    if state is None:
-        return parallel(x, weight, bias), None
+    if state is None or width == 1:  # which needs no token before
+        return parallel(x, weight, bias), state
     taps, state = _tokens_before(x, segment_ids, state, width)
     return parallel(x, weight, bias) if fresh else weighted_sum(taps, weight, bias), state
 

@@ -57,6 +57,8 @@ def make_config(mixer: str, case: str, parallel: dict, **model) -> Config:
             "model": {
                 "vocabulary_size": VOCABULARY, "embed_dim": EMBED_DIM, "num_layers": 2,
                 "max_length": LENGTH, "initializer": "fan_in", "tie_embeddings": False,
+                # Norms of a head's output that is near zero would blow up differences of rounding.
+                "norm_epsilon": 1e-2,
                 "layers": (layer(mixer, **CASES[mixer][case]),),
             } | model,
             "data": {"sequence_length": LENGTH, "batch_size": rows},

@@ -83,7 +83,8 @@ CASES = {
     "one_token_vector": Case(T=1, decay="vector"),
     "odd": Case(T=37, initial_state=True),
     "shorter_than_a_chunk": Case(T=5, decay="vector", initial_state=True),
-    "forgets_at_once": Case(log_decay=-20.0, constant=True, initial_state=True),
+    # In full chunks: its d_g of 1e-9 would drown in the rounding of padded ones.
+    "forgets_at_once": Case(T=32, log_decay=-20.0, constant=True, initial_state=True),
     "forgets_at_once_vector": Case(decay="vector", log_decay=-20.0, initial_state=True),
     "below_the_least_exponent": Case(log_decay=-100.0, constant=True),
     "below_the_least_exponent_vector": Case(decay="vector", log_decay=-100.0, constant=True),

@@ -1,0 +1,206 @@
+"""One chunk of the gated delta rule as products of matrices of one head: what chunk forms share.
+
+C tokens, K key features, V value features; G is the log decay cumulated within the chunk, with G_C
+its last value. Everything is fp32 but the operands of large products, which `dot` rounds. Numbers a
+token come as rows [1, C], the layout that memory likes.
+
+Per document: `documents` counts, for each token, the documents started since the token before the
+chunk. The state that comes in is for tokens with 0, the one that goes out is of the last document.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+BLOCK = 16  # tokens for which exponents of decays are taken pair by pair
+
+
+class Parts(NamedTuple):
+    """What a chunk's tokens do to whatever state comes in, beside v and beta.
+
+    read: scale exp(G) q, of the incoming state. predict: exp(G) k, the same for the prediction.
+    write: exp(G_C - G) k. keep: exp(G_C), by rows of the state. scores: of queries on keys, with
+    decay, causal. inverse: (I + L)^-1, where L_ij = beta_i k_i k_j exp(G_i - G_j), j < i.
+    """
+
+    read: Float[Array, "C K"]
+    predict: Float[Array, "C K"]
+    write: Float[Array, "C K"]
+    scores: Float[Array, "C C"]
+    inverse: Float[Array, "C C"]
+    keep: Float[Array, "k 1"]
+
+
+def prepare(q, k, G, beta, documents, *, scale: float, dtype, invert: Callable) -> Parts:
+    """The parts of a chunk, from q, k [C, K], G None, [1, C] or [C, K], beta, documents [1, C].
+
+    dtype: of the operands of large products. invert: fp32 L [C, C] -> (I + L)^-1.
+    """
+    C = q.shape[0]
+    row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    causal, from_before, to_end = row >= column, None, None
+    through = None
+    if documents is not None:
+        document = as_column(documents)
+        last = last_of(documents)
+        causal &= document == documents
+        from_before, to_end, through = document == 0.0, document == last, last == 0.0
+    if G is None or G.shape[0] == 1:
+        q_k, k_k = dot(q, k, "nt", dtype), dot(k, k, "nt", dtype)
+        if G is None:
+            G = jnp.zeros((1, C), jnp.float32)
+        # Exponents that are 0 have no gradient: it would be a rounding error of the others.
+        between = masked_exp(as_column(G) - G, causal & (row > column)) + jnp.where(
+            row == column, 1.0, 0.0
+        )
+        q_k, k_k = q_k * between, k_k * between
+        end, G = last_of(G), as_column(G)
+    else:
+        q_k, k_k = (jnp.where(causal, x, 0.0) for x in vector_products(q, k, G, dtype))
+        end = G[C - 1 :]
+    keep = masked_exp(end, through)
+    if keep.shape[1] > 1:
+        keep = as_column(keep)
+    into = masked_exp(G, from_before)
+    is_last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
+    to_end = ~is_last if to_end is None else to_end & ~is_last
+    out_of = jnp.where(is_last, 1.0, masked_exp(end - G, to_end))
+    inverse = unit_lower_inverse(as_column(beta) * jnp.where(row > column, k_k, 0.0), invert)
+    return Parts(scale * into * q, into * k, out_of * k, scale * q_k, inverse, keep)
+
+
+def advance(state, parts: Parts, v, beta, dtype):
+    """(state after the chunk, o [C, V]) for the state before it, v [C, V] and beta [1, C]."""
+    error = as_column(beta) * (v - dot(parts.predict, state, "nn", dtype))
+    written = dot(parts.inverse, error, "nn", dtype)
+    o = dot(parts.read, state, "nn", dtype) + dot(parts.scores, written, "nn", dtype)
+    return parts.keep * state + dot(parts.write, written, "tn", dtype), o
+
+
+def as_column(row: Float[Array, "1 C"]) -> Float[Array, "C 1"]:
+    """A row turned into a column by a masked sum, which every compiler takes."""
+    size = row.shape[1]
+    equal = lax.broadcasted_iota(jnp.int32, (size, size), 0) == lax.broadcasted_iota(
+        jnp.int32, (size, size), 1
+    )
+    return jnp.sum(jnp.where(equal, row, 0.0), axis=1, keepdims=True)
+
+
+def last_of(row: Float[Array, "1 C"]) -> Float[Array, "1 1"]:
+    """The last number of a row."""
+    place = lax.broadcasted_iota(jnp.int32, row.shape, 1)
+    return jnp.sum(jnp.where(place == row.shape[1] - 1, row, 0.0), axis=1, keepdims=True)
+
+
+def masked_exp(exponent, allowed):
+    """exp where `allowed` (None: everywhere), else 0: the exponent may overflow there."""
+    return jnp.exp(exponent if allowed is None else jnp.where(allowed, exponent, -jnp.inf))
+
+
+CONTRACTED = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dot(a, b, form: str, dtype):
+    """a b ("nn"), a b^T ("nt") or a^T b ("tn") in fp32, of operands rounded to `dtype`."""
+    left, right = CONTRACTED[form]
+    exact = jnp.dtype(dtype) == jnp.float32
+    return lax.dot_general(
+        a.astype(dtype), b.astype(dtype), (((left,), (right,)), ((), ())),
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _dot_forward(a, b, form, dtype):
+    return dot(a, b, form, dtype), (a, b)
+
+
+def _dot_backward(form, dtype, operands, d_out):
+    a, b = operands
+    if form == "nn":
+        d_a, d_b = dot(d_out, b, "nt", dtype), dot(a, d_out, "tn", dtype)
+    elif form == "nt":
+        d_a, d_b = dot(d_out, b, "nn", dtype), dot(d_out, a, "tn", dtype)
+    else:
+        d_a, d_b = dot(b, d_out, "nt", dtype), dot(a, d_out, "nn", dtype)
+    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+dot.defvjp(_dot_forward, _dot_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def unit_lower_inverse(lower, invert):
+    """(I + lower)^-1 for a strictly lower triangular matrix, by `invert`."""
+    return invert(lower)
+
+
+def _inverse_forward(lower, invert):
+    inverse = invert(lower)
+    return inverse, inverse
+
+
+def _inverse_backward(invert, inverse, d_inverse):
+    product = dot(dot(inverse, d_inverse, "tn", jnp.float32), inverse, "nt", jnp.float32)
+    return (-product,)
+
+
+unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+def vector_products(q, k, G, dtype):
+    """sum_d q_id k_jd exp(G_id - G_jd) for j <= i, and the same of k and k; no exponent is > 0."""
+    C = q.shape[0]
+    row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    token = lax.broadcasted_iota(jnp.int32, (C, 1), 0)
+    products = []
+    for left in (q, k):
+        rows = [jnp.zeros((BLOCK, C), jnp.float32)]
+        for start in range(BLOCK, C, BLOCK):
+            block = slice(start, start + BLOCK)
+            before = masked_exp(G[start : start + 1] - G, token < start) * k
+            after = jnp.exp(G[block] - G[start : start + 1]) * left[block]
+            rows.append(dot(after, before, "nt", dtype))
+        within = jnp.tile(block_products(left, k, G), (1, C // BLOCK))
+        products.append(jnp.where(row // BLOCK == column // BLOCK, within, jnp.concatenate(rows)))
+    return tuple(products)
+
+
+@jax.custom_vjp
+def block_products(left, k, G):
+    """[C, BLOCK]: sum_d left_id k_jd exp(G_id - G_jd) for the tokens j <= i of the block of i."""
+    left, k, decays = _pairs(left, k, G)
+    return jnp.sum(left * k * decays, axis=3).reshape(-1, BLOCK)
+
+
+def _pairs(left, k, G):
+    """left [b, i, 1, K], k [b, 1, j, K] and decays [b, i, j, K] of the pairs in all blocks b."""
+    left, k, G = (x.reshape(-1, BLOCK, x.shape[1]) for x in (left, k, G))
+    later = lax.broadcasted_iota(jnp.int32, (1, BLOCK, BLOCK, 1), 1)
+    token = lax.broadcasted_iota(jnp.int32, (1, BLOCK, BLOCK, 1), 2)
+    decays = masked_exp(G[:, :, None] - G[:, None], token <= later)
+    return left[:, :, None], k[:, None], decays
+
+
+def _block_products_forward(left, k, G):
+    return block_products(left, k, G), (left, k, G)
+
+
+def _block_products_backward(inputs, d_products):
+    """The exponentials again; a pair of a token with itself has no gradient in G."""
+    left, k, decays = _pairs(*inputs)
+    weights = d_products.reshape(-1, BLOCK, BLOCK)[..., None] * decays
+    d_left, d_k = jnp.sum(weights * k, axis=2), jnp.sum(weights * left, axis=1)
+    diagonal = jnp.diagonal(d_products.reshape(-1, BLOCK, BLOCK), axis1=1, axis2=2)[..., None]
+    left, k = left[:, :, 0], k[:, 0]
+    d_G = left * (d_left - diagonal * k) - k * (d_k - diagonal * left)
+    return tuple(x.reshape(inputs[0].shape) for x in (d_left, d_k, d_G))
+
+
+block_products.defvjp(_block_products_forward, _block_products_backward)

@@ -1,0 +1,158 @@
+"""The gated delta rule in chunks, for any backend: products of matrices, and a scan over chunks."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels._core.recurrence import Documents
+from pallas_kernels.gated_delta_rule import chunk
+
+CHUNK = 64  # tokens
+
+
+class Chunks(NamedTuple):
+    """The inputs in n chunks of C tokens; N = H r value heads, G the log decay cumulated."""
+
+    q: Float[Array, "n B H C K"]
+    k: Float[Array, "n B H C K"]
+    v: Float[Array, "n B H r C V"]
+    G: Float[Array, "n B H r c D"] | None  # [1, C], or [C, K] for vector decay
+    beta: Float[Array, "n B H r 1 C"]
+    documents: Float[Array, "n B 1 C"] | None  # started since the token before the chunk
+
+
+def gated_delta_rule(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T N V"],
+    g: Float[Array, "B T N *K"] | None,
+    beta: Float[Array, "B T N"],
+    *,
+    scale: float,
+    initial_state: Float[Array, "B N K V"] | None,
+    documents: Documents | None,
+    chunk_size: int = CHUNK,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
+    """`ref.gated_delta_rule` by the WY form of chunks (arXiv 2412.06464, section 3.3).
+
+    Memory is linear in T: the backward pass keeps the inputs and computes all else again. bf16
+    inputs are multiplied as bf16 with fp32 sums; decays, the triangular inverse and the state are
+    fp32. chunk_size: a multiple of 16.
+    """
+    B, T, H, K = q.shape
+    N, V = v.shape[2:]
+    chunks = split(q, k, v, g, beta, documents, chunk_size)
+    state = jnp.zeros((B, N, K, V), jnp.float32) if initial_state is None else initial_state
+    o, state = _rule(chunks, state.astype(jnp.float32).reshape(B, H, N // H, K, V), float(scale))
+    o = jnp.moveaxis(o, (0, 4), (1, 2)).reshape(B, -1, N, V)[:, :T]
+    return o, state.reshape(B, N, K, V)
+
+
+def split(q, k, v, g, beta, documents: Documents | None, chunk_size: int) -> Chunks:
+    """Padded and cut into chunks; tokens that pad have k = 0, beta = 0, g = 0."""
+    (B, T, H), N = q.shape[:3], v.shape[2]
+    C = min(chunk_size, -(-T // chunk.BLOCK) * chunk.BLOCK)
+    n = -(-T // C)
+    if documents is not None:
+        real = documents.real[:, :, None]
+        beta = jnp.where(real, beta, 0.0)
+        if g is not None:
+            g = jnp.where(real.reshape(B, T, *[1] * (g.ndim - 2)), g, 0.0)
+
+    def cut(x, heads, mode="constant"):  # [B, T, heads, ...] -> [n, B, *heads, C, ...]
+        pad = [(0, 0)] * x.ndim
+        pad[1] = (0, n * C - T)
+        x = jnp.pad(x, pad, mode=mode).reshape(B, n, C, *heads, *x.shape[3:])
+        return jnp.moveaxis(x, (1, 2), (0, 2 + len(heads)))
+
+    q, k = (cut(x, (H,)) for x in (q, k))
+    v, beta = (cut(x, (H, N // H)) for x in (v, beta))
+    if g is not None:
+        scalar = g.ndim == 3
+        g = jnp.cumsum(cut(g, (H, N // H)), axis=4)
+        g = g[..., None, :] if scalar else g
+    index = None
+    if documents is not None:
+        index = cut(documents.index, (), "edge")  # [n, B, C]
+        before = jnp.concatenate([jnp.zeros_like(index[:1, :, :1]), index[:-1, :, -1:]])
+        index = (index - before).astype(jnp.float32)[:, :, None]
+    return Chunks(q, k, v, g, beta[..., None, :], index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rule(chunks: Chunks, state, scale: float):
+    """(o [n, B, H, r, C, V], final state) for the state [B, H, r, K, V] of the beginning."""
+    parts = _parts(*chunks[:2], *chunks[3:], scale)
+
+    def step(state, chunk):
+        return _advance(state, *chunk)
+
+    state, o = jax.lax.scan(step, state, (parts, chunks.v, chunks.beta))
+    return o.astype(chunks.v.dtype), state
+
+
+def _rule_forward(chunks, state, scale):
+    return _rule(chunks, state, scale), (chunks, state)
+
+
+def _rule_backward(scale, residuals, cotangents):
+    """States before all chunks again, then chunks from the last to the first."""
+    (q, k, v, G, beta, documents), state = residuals
+    d_o, d_state = cotangents
+    parts, pull = jax.vjp(lambda q, k, G, beta: _parts(q, k, G, beta, documents, scale),
+                          q, k, G, beta)  # fmt: skip
+
+    def step(state, chunk):
+        return _advance(state, *chunk)[0], state.astype(v.dtype)
+
+    def back(d_state, chunk):
+        d_o, state, *chunk = chunk
+        _, pull = jax.vjp(_advance, state.astype(jnp.float32), *chunk)
+        d_state, *d_chunk = pull((d_state, d_o.astype(jnp.float32)))
+        return d_state, d_chunk
+
+    _, states = jax.lax.scan(step, state, (parts, v, beta))
+    d_state, (d_parts, d_v, d_beta) = jax.lax.scan(
+        back, d_state, (d_o, states, parts, v, beta), reverse=True
+    )
+    d_q, d_k, d_G, d_beta_parts = pull(d_parts)
+    d_documents = None if documents is None else jnp.zeros_like(documents)
+    return Chunks(d_q, d_k, d_v, d_G, d_beta + d_beta_parts, d_documents), d_state
+
+
+_rule.defvjp(_rule_forward, _rule_backward)
+
+
+def _parts(q, k, G, beta, documents, scale: float) -> chunk.Parts:
+    """`chunk.prepare` for all chunks and heads; operands of products in the dtype of q."""
+
+    def prepare(q, k, G, beta, documents):
+        return chunk.prepare(
+            q.astype(jnp.float32), k.astype(jnp.float32), G, beta, documents,
+            scale=scale, dtype=q.dtype, invert=_invert,
+        )  # fmt: skip
+
+    for axes in ((None, None, 0, 0, None), (0, 0, 0, 0, None), 0, 0):  # r, H, B, n
+        prepare = jax.vmap(prepare, in_axes=axes)
+    parts = prepare(q, k, G, beta, documents)
+    return chunk.Parts(*(x.astype(q.dtype) for x in parts[:-1]), parts.keep)
+
+
+def _advance(state, parts: chunk.Parts, v, beta):
+    """`chunk.advance` for all heads of one chunk."""
+
+    def advance(state, parts, v, beta):
+        return chunk.advance(state, parts, v.astype(jnp.float32), beta, v.dtype)
+
+    for _ in range(3):  # r, H, B
+        advance = jax.vmap(advance)
+    return advance(state, parts, v, beta)
+
+
+def _invert(lower):
+    """(I + lower)^-1 by forward substitution."""
+    unit = jnp.eye(lower.shape[0], dtype=lower.dtype)
+    return jax.scipy.linalg.solve_triangular(lower + unit, unit, lower=True, unit_diagonal=True)

@@ -1,0 +1,216 @@
+"""The gated delta rule: the chunk form against the recurrence, and what the rule promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from recurrence_cases import CASES, Case, errors, lengths
+
+from pallas_kernels import gated_delta_rule
+from pallas_kernels._core import recurrence
+from pallas_kernels._core.testing import relative_error
+from pallas_kernels.gated_delta_rule import explain, ref, xla
+
+
+def inner(function, case: Case, **options):
+    """An implementation with what the API would hand it for `case`."""
+    documents = None if case.segments is None else recurrence.documents(case.segment_ids)
+    return functools.partial(function, scale=0.5, documents=documents, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_are_the_recurrence(name):
+    case = CASES[name]
+    found = errors(
+        inner(ref.gated_delta_rule, case),
+        inner(xla.gated_delta_rule, case, chunk_size=16 if case.T > 16 else 64),
+        case.arguments(),
+    )
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_chunks_of_any_size_are_the_recurrence(decay):
+    """Also where strong and weak decays alternate, so that sums of both must be told apart."""
+    case = Case(B=1, T=150, H=1, K=16, decay=decay, initial_state=True)
+    arguments = case.arguments()
+    strong = jnp.arange(case.T) % 7 == 3
+    strong = strong.reshape(1, -1, *[1] * (arguments["g"].ndim - 2))
+    arguments["g"] = jnp.where(strong, -25.0, 0.1 * arguments["g"])
+    for size in (32, 64, 128):
+        found = errors(
+            inner(ref.gated_delta_rule, case),
+            inner(xla.gated_delta_rule, case, chunk_size=size),
+            arguments,
+        )
+        assert max(found.values()) < 2e-5, (size, found)
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+def test_bf16_errs_as_much_as_its_inputs_are_rounded(decay):
+    """Against fp32 of the same inputs: 3 times the unit roundoff, 2^-8, in values."""
+    case = Case(T=100, K=32, V=32, decay=decay, dtype="bfloat16", initial_state=True)
+    found = errors(
+        inner(ref.gated_delta_rule, case), inner(xla.gated_delta_rule, case), case.arguments()
+    )
+    assert max(found["o"], found["final_state"]) < 0.012, found
+    assert max(found.values()) < 0.02, found
+
+
+def run(arguments: dict, implementation="xla", segment_ids=None):
+    """(o, final state) of the public function."""
+    return gated_delta_rule(
+        **arguments,
+        segment_ids=segment_ids,
+        output_final_state=True,
+        implementation=implementation,
+    )
+
+
+def cut(arguments: dict, start: int, stop: int | None, state) -> dict:
+    """The arguments of some of the tokens, after `state`."""
+    part = {name: x[:, start:stop] for name, x in arguments.items() if name != "initial_state"}
+    return part | {"initial_state": state}
+
+
+@pytest.mark.parametrize("implementation", ["ref", "xla"])
+def test_halves_with_the_state_handed_over_are_the_whole(implementation):
+    arguments = Case(T=30, decay="vector", initial_state=True).arguments()
+    o, state = run(arguments, implementation)
+    first, between = run(cut(arguments, 0, 13, arguments["initial_state"]), implementation)
+    second, end = run(cut(arguments, 13, None, between), implementation)
+    assert relative_error(jnp.concatenate([first, second], axis=1), o) < 1e-5
+    assert relative_error(end, state) < 1e-5
+
+
+def test_decoding_token_by_token_is_the_whole():
+    """By "auto", which takes chunks for the prompt and single steps after it."""
+    arguments = Case(T=24, initial_state=True).arguments()
+    o, state = run(arguments)
+    prompt, carried = run(cut(arguments, 0, 20, arguments["initial_state"]), "auto")
+    outputs = [prompt]
+    for token in range(20, 24):
+        out, carried = run(cut(arguments, token, token + 1, carried), "auto")
+        outputs.append(out)
+    assert relative_error(jnp.concatenate(outputs, axis=1), o) < 1e-5
+    assert relative_error(carried, state) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["ref", "xla"])
+def test_packed_documents_are_separate_ones(implementation):
+    case = Case(B=1, T=40, segments=lengths((0, 3), (1, 14), (2, 1), (1, 19), (0, 3)))
+    arguments = case.arguments()
+    o, state = run(arguments, implementation, case.segment_ids)
+    for start, stop in ((3, 17), (17, 18), (18, 37)):
+        alone, end = run(cut(arguments, start, stop, None), implementation)
+        assert relative_error(o[:, start:stop], alone) < 1e-5
+    assert relative_error(state, end) < 1e-5
+
+
+class TestReductions:
+    """Decays of each key feature, of each head and none are one rule."""
+
+    case = Case(T=40, decay="scalar", initial_state=True)
+
+    def test_vector_of_equal_decays_is_scalar(self):
+        arguments = self.case.arguments()
+        vector = jnp.broadcast_to(arguments["g"][..., None], (*arguments["g"].shape, self.case.K))
+        for left, right in zip(run(arguments), run(arguments | {"g": vector}), strict=True):
+            assert relative_error(left, right) < 1e-5
+
+    def test_decay_of_one_is_none(self):
+        arguments = self.case.arguments()
+        none = run(arguments | {"g": None})
+        for left, right in zip(run(arguments | {"g": 0 * arguments["g"]}), none, strict=True):
+            assert relative_error(left, right) < 1e-6
+
+    def test_orthogonal_keys_make_it_linear_attention(self):
+        """Nothing is stored under a key before it comes, so that there is nothing to replace."""
+        arguments = Case(B=1, T=8, K=8, decay="none").arguments()
+        arguments["k"] = jnp.broadcast_to(jnp.eye(8)[None, :, None], (1, 8, 2, 8))
+        o, _ = run(arguments)
+        weights = jnp.tril(jnp.einsum("bihk,bjhk->bhij", arguments["q"], arguments["k"]))
+        values = arguments["beta"][..., None] * arguments["v"]
+        expected = jnp.einsum("bhij,bjhv->bihv", weights, values) * 8**-0.5
+        assert relative_error(o, expected) < 1e-5
+
+
+def test_last_value_of_each_key_is_looked_up():
+    """With beta = 1 and no decay, a write replaces what the key had: a dictionary."""
+    places = jnp.array([3, 1, 3, 0, 1, 3, 2, 0, 0, 1, 3, 1] * 4)
+    keys = jnp.eye(4)[places][None, :, None]
+    values = jax.random.normal(jax.random.key(0), (1, 48, 1, 5))
+    o, state = gated_delta_rule(
+        keys, keys, values, None, jnp.ones((1, 48, 1)), scale=1.0, output_final_state=True,
+        implementation="xla",
+    )  # fmt: skip
+    assert relative_error(o, values) < 1e-5
+    last = [int(jnp.max(jnp.where(places == key, jnp.arange(48), -1))) for key in range(4)]
+    assert relative_error(state[0, 0], values[0, jnp.array(last), 0]) < 1e-5
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_long_rows_stay_finite(decay):
+    """64k tokens, with all decays from 1 to exp(-30)."""
+    case = Case(B=1, T=2**16, H=1, N=1, K=4, V=4, decay=decay, log_decay=-30.0)
+    arguments = case.arguments()
+    odd = jnp.arange(case.T).reshape(1, -1, *[1] * (arguments["g"].ndim - 2)) % 3 == 1
+    arguments["g"] = jnp.where(odd, 0.0, arguments["g"])
+
+    def loss(given):
+        o, state = run(given)
+        return jnp.sum(o**2) + jnp.sum(state)
+
+    given = {name: x for name, x in arguments.items() if x is not None}
+    gradients = jax.jit(jax.grad(loss))(given | {"initial_state": jnp.ones((1, 1, 4, 4))})
+    for name, x in gradients.items():
+        assert jnp.isfinite(x).all(), name
+
+
+def test_memory_is_linear_in_length():
+    """No array of the program, forward and backward, grows faster than the inputs."""
+
+    def largest(T):
+        shapes = Case(B=1, T=T, H=1, N=1, K=16, V=16, initial_state=True).arguments()
+        grad = jax.grad(lambda given: jnp.sum(run(given)[0]))
+        compiled = jax.jit(grad).lower(shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert largest(4096) < 2.2 * largest(2048)
+
+
+def test_vmap_is_a_loop():
+    arguments = Case(T=20).arguments()
+    del arguments["initial_state"]
+    function = lambda given: gated_delta_rule(**given, implementation="xla")[0]  # noqa: E731
+    stacked = {name: jnp.stack([x, x[::-1]]) for name, x in arguments.items()}
+    mapped = jax.vmap(function)(stacked)
+    assert relative_error(mapped[0], function(arguments)) < 1e-6
+    assert relative_error(mapped[1], function(arguments)[::-1]) < 1e-6
+
+
+BAD = {
+    "T = 0": ({"T": 0}, {}, "no tokens"),
+    "state": ({}, {"initial_state": jnp.zeros((2, 2, 12, 8))}, r"must be \(2, 2, 8, 12\)"),
+    "positive decay": ({}, {"g": jnp.full((2, 40, 2), 0.5)}, "must be at most 0"),
+    "NaN decay": ({}, {"g": jnp.full((2, 40, 2), jnp.nan)}, "not NaN"),
+    "decay of the keys' heads": ({"N": 4}, {"g": jnp.zeros((2, 40, 2))}, "log decay g has shape"),
+    "beta": ({}, {"beta": jnp.zeros((2, 40))}, "beta has shape"),
+    "heads": ({"H": 4, "N": 6}, {}, "cannot share 4 key heads"),
+    "dtypes": ({}, {"v": jnp.zeros((2, 40, 2, 12), jnp.bfloat16)}, "cast them to one dtype"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told(name):
+    sizes, changes, message = BAD[name]
+    arguments = Case(**sizes).arguments() | changes
+    with pytest.raises(ValueError, match=message) as error:
+        jax.block_until_ready(explain(**arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_auto_takes_single_steps_for_a_token_and_chunks_for_many():
+    name = lambda T: explain(**Case(T=T).arguments()).name  # noqa: E731
+    assert (name(1), name(8), name(9), name(40)) == ("ref", "ref", "xla", "xla")

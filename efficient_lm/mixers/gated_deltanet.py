@@ -142,8 +142,10 @@ class GatedDeltaNet(nnx.Module):
         beta = jax.nn.sigmoid(projected["beta"].astype(jnp.float32))
         log_decay = None
         if self.options.decay:
-            step = projected["step"].astype(jnp.float32) + self.step_bias[...][None, None]
-            log_decay = -jnp.exp(self.log_rate[...])[None, None] * jax.nn.softplus(step)
+            # In fp32 also where a checkpoint stores them in bf16.
+            bias, log_rate = cast(self.step_bias, jnp.float32), cast(self.log_rate, jnp.float32)
+            step = projected["step"].astype(jnp.float32) + bias[None, None]
+            log_decay = -jnp.exp(log_rate)[None, None] * jax.nn.softplus(step)
         memory = None
         if state is not None:
             memory, new["segment"] = recurrent.memory_for(state, segments)

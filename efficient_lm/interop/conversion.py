@@ -14,7 +14,7 @@ import jax
 from efficient_lm.config import Config, DataConfig
 from efficient_lm.errors import CheckpointError
 from efficient_lm.inference.load import read_config
-from efficient_lm.interop import hugging_face
+from efficient_lm.interop import hugging_face, shards
 from efficient_lm.model.definition import define
 from efficient_lm.training.checkpoint import Checkpointer, open_for_reading
 
@@ -56,7 +56,11 @@ def to_workdir(source: str | Path, workdir: str | Path) -> list[str]:
             )
         (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     given = hugging_face.read_config(source)
-    unread = hugging_face.family_of(given).unread(given)
+    family = hugging_face.family_of(given)
+    others = hugging_face.left_out(family, shards.scan(source))
+    if others:
+        lines.append(f"left out {len(others)} tensors beside the text model, such as {others[0]}")
+    unread = family.unread(given)
     if unread:
         lines.append(f"fields of config.json that have no meaning here: {', '.join(unread)}")
     leaves = jax.tree.leaves(arrays)

@@ -1,25 +1,32 @@
 """What a model family of Hugging Face is to us: tensor names and layouts, and config fields."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from efficient_lm.config import ModelConfig, layer, layer_options
+from efficient_lm.config import ModelConfig, layer, layer_options, options_of
 from efficient_lm.errors import ConfigError
 from efficient_lm.ffn.dense import DenseOptions
 from efficient_lm.interop import rope
 from efficient_lm.mixers.attention import AttentionOptions
+from efficient_lm.mixers.gated_deltanet import GatedDeltaNetOptions
 
 # Of decoders with pre-norm, RMSNorm, grouped-query attention and SwiGLU. Ours -> (theirs, layout);
-# matrices are stored [out, in]. The families add to it.
+# matrices are stored [out, in]. The families add to it, also several of ours for one of theirs.
 MODEL_TENSORS = {
     "embedding": ("model.embed_tokens.weight", "vocabulary embed"),
     "final_norm.scale": ("model.norm.weight", "embed"),
     "head": ("lm_head.weight", "vocabulary embed"),
 }
-LAYER_TENSORS = {
+BLOCK_TENSORS = {
     "mixer_residual.norm_in.scale": ("input_layernorm.weight", "embed"),
+    "ffn_residual.norm_in.scale": ("post_attention_layernorm.weight", "embed"),
+    "ffn.gate": ("mlp.gate_proj.weight", "ffn embed"),
+    "ffn.up": ("mlp.up_proj.weight", "ffn embed"),
+    "ffn.down": ("mlp.down_proj.weight", "embed ffn"),
+}
+ATTENTION_TENSORS = {
     "mixer.query": ("self_attn.q_proj.weight", "(heads head_dim) embed"),
     "mixer.key": ("self_attn.k_proj.weight", "(key_value_heads head_dim) embed"),
     "mixer.value": ("self_attn.v_proj.weight", "(key_value_heads head_dim) embed"),
@@ -28,10 +35,10 @@ LAYER_TENSORS = {
     "mixer.key_bias": ("self_attn.k_proj.bias", "(key_value_heads head_dim)"),
     "mixer.value_bias": ("self_attn.v_proj.bias", "(key_value_heads head_dim)"),
     "mixer.out_bias": ("self_attn.o_proj.bias", "embed"),
-    "ffn_residual.norm_in.scale": ("post_attention_layernorm.weight", "embed"),
-    "ffn.gate": ("mlp.gate_proj.weight", "ffn embed"),
-    "ffn.up": ("mlp.up_proj.weight", "ffn embed"),
-    "ffn.down": ("mlp.down_proj.weight", "embed ffn"),
+}
+QK_NORM_TENSORS = {
+    "mixer.query_norm.scale": ("self_attn.q_norm.weight", "head_dim"),
+    "mixer.key_norm.scale": ("self_attn.k_norm.weight", "head_dim"),
 }
 MODEL_FIELDS = {
     "vocabulary_size": "vocab_size",
@@ -61,23 +68,48 @@ OWN_FIELDS = ("layers", "mixers", "ffns", "dropout", "initializer", "initializer
               "remat")  # fmt: skip
 
 
+def full_attention(index: int, values: Mapping[str, Any]) -> str:
+    """The kind of a layer where config.json has no `layer_types`."""
+    del index, values
+    return "full_attention"
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
 
     defaults: fields that config.json may leave out; None: worked out from others.
-    only: fields with the values that we can compute.
-    layer_tensors: as LAYER_TENSORS, names without the prefix `model.layers.N.`.
-    qk_norm, sliding_window: whether its layers have, or may have, them.
+    only: fields with the values that we can compute; unwritten: those of them that its own
+    config.json leaves out.
+    model, attention: fields of ours that all its models have.
+    fields, tensors: of each mixer that it has, ours -> theirs, as ATTENTION_FIELDS and
+    ATTENTION_TENSORS; names of tensors without the prefix `model.layers.N.`.
+    kinds: what `layer_types` may hold, and the mixer that it means; kind_of: the kind of a layer
+    from its number and the fields, where there is no `layer_types`.
+    partial_rope: whether it can rotate a part of each head.
+    whole: (architecture, model_type) of models for more than text, which hold this one's fields as
+    `text_config` and its tensors below `prefix`; other_tensors: a pattern of what else they hold.
     """
 
     architecture: str
     model_type: str
     defaults: Mapping[str, Any]
     only: Mapping[str, tuple] = field(default_factory=dict)
-    layer_tensors: Mapping[str, tuple[str, str]] = field(default_factory=lambda: LAYER_TENSORS)
-    qk_norm: bool = False
-    sliding_window: bool = False
+    unwritten: tuple[str, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, str]] = field(
+        default_factory=lambda: {"attention": ATTENTION_FIELDS}
+    )
+    tensors: Mapping[str, Mapping[str, tuple[str, str]]] = field(
+        default_factory=lambda: {"attention": ATTENTION_TENSORS}
+    )
+    kinds: Mapping[str, str] = field(default_factory=lambda: {"full_attention": "attention"})
+    kind_of: Callable[[int, Mapping[str, Any]], str] = full_attention
+    partial_rope: bool = False
+    whole: tuple[str, str] | None = None
+    prefix: str = "model."
+    other_tensors: str | None = None
 
     def read(self, given: dict[str, Any]) -> ModelConfig:
         """The model that config.json describes; ConfigError names what we cannot compute."""
@@ -92,49 +124,63 @@ class Family:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if {"hidden_size", "num_attention_heads"} <= set(values) and not values.get("head_dim"):
             values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-        fields = MODEL_FIELDS | ATTENTION_FIELDS | DENSE_FIELDS
-        missing = sorted(name for name in set(fields.values()) if values.get(name) is None)
+        missing = sorted(name for name in self._required() if values.get(name) is None)
         if missing:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
-        attention = {ours: values[theirs] for ours, theirs in ATTENTION_FIELDS.items()}
-        attention |= {"qk_norm": self.qk_norm, "rope": dataclasses.asdict(rope.read(values))}
-        windows = self._windows(values)
+        mixers = {
+            mixer: {ours: values[theirs] for ours, theirs in fields.items()}
+            for mixer, fields in self.fields.items()
+        }
+        rotated = rope.read(values, partial=self.partial_rope)
+        mixers["attention"] |= {**self.attention, "rope": dataclasses.asdict(rotated)}
+        layers = self._layers(values)
         period = next(
             p
-            for p in range(1, len(windows) + 1)
-            if all(w == windows[i % p] for i, w in enumerate(windows))
+            for p in range(1, len(layers) + 1)
+            if all(entry == layers[i % p] for i, entry in enumerate(layers))
         )
         return ModelConfig(
             **{ours: values[theirs] for ours, theirs in MODEL_FIELDS.items()},
-            layers=tuple(layer(**({"window": w} if w else {})) for w in windows[:period]),
-            mixers={"attention": attention},
+            **self.model,
+            layers=tuple(layers[:period]),
+            mixers=mixers,
             ffns={"dense": {ours: values[theirs] for ours, theirs in DENSE_FIELDS.items()}},
         )
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """config.json for a model; ConfigError names what the architecture cannot express."""
         layers = _expand(model)
-        attention, dense = layers[0][1], layers[0][3]
-        if not isinstance(attention, AttentionOptions) or not isinstance(dense, DenseOptions):
+        strange = {kind for kind, _, _, _ in layers} - set(self.fields)
+        if strange or not isinstance(layers[0][3], DenseOptions):
             raise ConfigError(
-                f"{self.architecture} has attention and dense layers only; config.model.layers "
-                f"has {layers[0][0]!r} and {layers[0][2]!r}"
+                f"{self.architecture} has {', '.join(self.fields)} and dense layers only; "
+                f"config.model.layers has {layers[0][0]!r} and {layers[0][2]!r}"
             )
+        used = {kind: options for kind, options, _, _ in reversed(layers)}
         values = {theirs: getattr(model, ours) for ours, theirs in MODEL_FIELDS.items()}
-        values |= {theirs: getattr(attention, ours) for ours, theirs in ATTENTION_FIELDS.items()}
-        values |= {theirs: getattr(dense, ours) for ours, theirs in DENSE_FIELDS.items()}
+        for mixer, fields in self.fields.items():
+            # config.json gives the sizes of mixers that no layer uses, too.
+            options = used.get(mixer) or _sized(
+                model, options_of("mixers", mixer, model.mixers.get(mixer, {}))
+            )
+            values |= {theirs: getattr(options, ours) for ours, theirs in fields.items()}
+            if isinstance(options, AttentionOptions):
+                values |= rope.write(options.rope, partial=self.partial_rope)
+        values |= {theirs: getattr(layers[0][3], ours) for ours, theirs in DENSE_FIELDS.items()}
         values |= {"architectures": [self.architecture], "model_type": self.model_type}
-        values |= {name: allowed[0] for name, allowed in self.only.items()}
-        values |= rope.write(attention.rope)
-        if self.sliding_window:
+        values |= {n: allowed[0] for n, allowed in self.only.items() if n not in self.unwritten}
+        if len(self.kinds) > 1:
+            names = {mixer: kind for kind, mixer in reversed(self.kinds.items())}
             windows = [getattr(options, "window", None) for _, options, _, _ in layers]
+            values["layer_types"] = [
+                "sliding_attention" if window else names[mixer]
+                for window, (mixer, _, _, _) in zip(windows, layers, strict=True)
+            ]
+        if "sliding_attention" in self.kinds:
             sliding = [i for i, window in enumerate(windows) if window]
             values["use_sliding_window"] = bool(sliding)
             values["sliding_window"] = windows[sliding[0]] if sliding else None
             values["max_window_layers"] = sliding[0] if sliding else model.num_layers
-            values["layer_types"] = [
-                "sliding_attention" if window else "full_attention" for window in windows
-            ]
         lost = differences(model, self.read(values))
         if lost:
             raise ConfigError(f"{self.architecture} cannot express {'; '.join(lost)}")
@@ -142,27 +188,45 @@ class Family:
 
     def unread(self, given: dict[str, Any]) -> list[str]:
         """Fields of config.json that nothing here reads."""
-        known = {*MODEL_FIELDS.values(), *ATTENTION_FIELDS.values(), *DENSE_FIELDS.values()}
-        known |= IGNORED_FIELDS | {*ROPE_FIELDS, *self.defaults, *self.only}
+        known = self._required() | IGNORED_FIELDS
+        known |= {*ROPE_FIELDS, *self.defaults, *self.only}
         return sorted(set(given) - known)
 
-    def _windows(self, values: dict[str, Any]) -> list[int | None]:
-        """The window of each layer, None = all tokens."""
+    def layer_tensors(self, mixer: str) -> dict[str, tuple[str, str]]:
+        """Tensors of a layer with this mixer."""
+        return BLOCK_TENSORS | dict(self.tensors[mixer])
+
+    def text_alone(self, given: dict[str, Any]) -> dict[str, Any]:
+        """config.json of the text model in a model for more than text."""
+        shared = {name: value for name, value in given.items() if name in IGNORED_FIELDS}
+        text = shared | given["text_config"]
+        tied = [fields.get("tie_word_embeddings", False) for fields in (given, text)]
+        text |= {"architectures": [self.architecture], "model_type": self.model_type}
+        return text | {"tie_word_embeddings": any(tied)}
+
+    def _required(self) -> set[str]:
+        """Fields that config.json or `defaults` must give."""
+        tables = (MODEL_FIELDS, DENSE_FIELDS, *self.fields.values())
+        return {theirs for table in tables for theirs in table.values()}
+
+    def _layers(self, values: dict[str, Any]) -> list[tuple]:
+        """The entry of each layer in `config.model.layers`."""
         count, window = values["num_hidden_layers"], values.get("sliding_window")
-        if not self.sliding_window or not values["use_sliding_window"] or not window:
-            return [None] * count
-        first = values["max_window_layers"]
-        types = values.get("layer_types") or [
-            "sliding_attention" if i >= first else "full_attention" for i in range(count)
-        ]
-        windows = {"sliding_attention": window, "full_attention": None}
-        unknown = sorted(set(types) - set(windows))
+        if len(self.kinds) == 1 or (
+            "sliding_attention" in self.kinds and not (values["use_sliding_window"] and window)
+        ):
+            return [layer()] * count
+        types = values.get("layer_types") or [self.kind_of(i, values) for i in range(count)]
+        unknown = sorted(set(types) - set(self.kinds))
         if unknown or len(types) != count:
             raise ConfigError(
                 f"layer_types has {len(types)} entries of {sorted(set(types))}; it must have "
-                f"num_hidden_layers={count} of {', '.join(windows)}"
+                f"num_hidden_layers={count} of {', '.join(self.kinds)}"
             )
-        return [windows[kind] for kind in types]
+        return [
+            layer(self.kinds[kind], **({"window": window} if kind == "sliding_attention" else {}))
+            for kind in types
+        ]
 
 
 def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
@@ -188,17 +252,26 @@ def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
 
 def _expand(model: ModelConfig) -> list[tuple[str, Any, str, Any]]:
     """(mixer, its options, feed-forward, its options) of every layer, sizes worked out."""
-    pattern = []
-    for entry, mixer, ffn in layer_options(model):
-        if isinstance(mixer, AttentionOptions):
-            _, key_value_heads, head_dim = mixer.sizes(model)
-            mixer = dataclasses.replace(
-                mixer, num_key_value_heads=key_value_heads, head_dim=head_dim
-            )
-        if isinstance(ffn, DenseOptions):
-            ffn = dataclasses.replace(ffn, hidden_dim=ffn.size(model))
-        pattern.append((entry.mixer, mixer, entry.ffn, ffn))
+    pattern = [
+        (entry.mixer, _sized(model, mixer), entry.ffn, _sized(model, ffn))
+        for entry, mixer, ffn in layer_options(model)
+    ]
     return [pattern[i % len(pattern)] for i in range(model.num_layers)]
+
+
+def _sized(model: ModelConfig, options: Any) -> Any:
+    """Options with the sizes that they leave to the model."""
+    if isinstance(options, AttentionOptions):
+        _, key_value_heads, head_dim = options.sizes(model)
+        return dataclasses.replace(options, num_key_value_heads=key_value_heads, head_dim=head_dim)
+    if isinstance(options, GatedDeltaNetOptions):
+        _, key_heads, key_dim, value_dim = options.sizes(model)
+        return dataclasses.replace(
+            options, num_key_heads=key_heads, key_dim=key_dim, value_dim=value_dim
+        )
+    if isinstance(options, DenseOptions):
+        return dataclasses.replace(options, hidden_dim=options.size(model))
+    return options
 
 
 def _comparable(options: Any) -> dict[str, Any]:

@@ -3,20 +3,21 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from efficient_lm.config import ModelConfig
+from efficient_lm.config import ModelConfig, layer_pattern
 from efficient_lm.errors import CheckpointError, ConfigError
-from efficient_lm.interop import layout, llama3, qwen3, shards
+from efficient_lm.interop import layout, llama3, qwen3, qwen3_5, shards
 from efficient_lm.interop.family import MODEL_TENSORS, Family, differences
+from efficient_lm.interop.layout import Layout
 from efficient_lm.model.definition import ModelDefinition, define
 
-FAMILIES = (llama3.FAMILY, qwen3.FAMILY)
+FAMILIES = (llama3.FAMILY, qwen3.FAMILY, qwen3_5.FAMILY)
 CONFIG_FILE = "config.json"
 SHARD_BYTES = 5 * 10**9
 # Buffers that older checkpoints stored; they follow from the config.
@@ -27,21 +28,24 @@ DERIVED_TENSORS = re.compile(r".*rotary_emb\.inv_freq")
 class Slot:
     """One tensor of the checkpoint and its place in our arrays.
 
-    path: of our parameter; repeat: index on its leading axis "layers", or None.
-    name, layout: of the stored tensor; axes, sizes: of ours, without "layers".
+    name: of the stored tensor; paths, layouts: of the parameters of ours that it holds.
+    repeat: index on their leading axis "layers", or None.
     """
 
-    path: tuple[str, ...]
-    repeat: int | None
     name: str
-    layout: str
-    axes: tuple[str, ...]
-    sizes: dict[str, int]
+    paths: tuple[tuple[str, ...], ...]
+    layouts: tuple[Layout, ...]
+    repeat: int | None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the stored tensor."""
-        return layout.stored_shape(self.layout, self.sizes)
+        return layout.stored_shape(self.layouts)
+
+    def parts_of(self, arrays: dict[str, Any]) -> list[np.ndarray]:
+        """Its parts of our arrays, views."""
+        parts = [np.asarray(_leaf(arrays, path)) for path in self.paths]
+        return parts if self.repeat is None else [part[self.repeat] for part in parts]
 
 
 def family_of(given: dict[str, Any]) -> Family:
@@ -60,7 +64,10 @@ def family_of(given: dict[str, Any]) -> Family:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json; CheckpointError if there is none or it is no JSON object."""
+    """config.json; CheckpointError if there is none or it is no JSON object.
+
+    Of a model for more than text, the fields of the text model in it.
+    """
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give the folder of a Hugging Face model")
@@ -70,6 +77,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON: {error}") from None
     if not isinstance(given, dict):
         raise CheckpointError(f"{path} holds no JSON object")
+    architecture = (given.get("architectures") or [None])[0]
+    for family in FAMILIES:
+        if family.whole and isinstance(given.get("text_config"), dict):
+            whole, model_type = family.whole
+            if architecture == whole or (not architecture and given["model_type"] == model_type):
+                return family.text_alone(given)
     return given
 
 
@@ -85,12 +98,19 @@ def read_model(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     family = family_of(given)
     model = family.read(given)
     tensors = shards.scan(directory)
-    embedding = tensors.get(MODEL_TENSORS["embedding"][0])
+    whole = any(name.startswith(family.prefix) for name in tensors)
+
+    def rename(name: str) -> str:
+        return re.sub(r"^model\.", family.prefix, name) if whole else name
+
+    embedding = tensors.get(rename(MODEL_TENSORS["embedding"][0]))
     if embedding is not None and embedding.dtype == "BF16":
         model = dataclasses.replace(model, dtype="bfloat16")
     definition = define(model)
-    slots = {slot.name: slot for slot in slots_of(definition, family)}
+    slots = {rename(slot.name): slot for slot in slots_of(definition, family)}
     tensors = {n: t for n, t in tensors.items() if not DERIVED_TENSORS.fullmatch(n)}
+    for name in left_out(family, tensors):
+        del tensors[name]
     head = MODEL_TENSORS["head"][0]
     # Some tied checkpoints store the head all the same, as Qwen3-0.6B does.
     copies = {head: tensors.pop(head)} if model.tie_embeddings and head in tensors else {}
@@ -98,14 +118,14 @@ def read_model(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     arrays = _allocate(definition, slots, tensors)
     for name, tensor in shards.read(tensors):
         slot = slots[name]
-        target = _leaf(arrays, slot.path)
-        target = target if slot.repeat is None else target[slot.repeat]
-        _bits(target)[...] = _bits(layout.from_stored(tensor, slot.layout, slot.axes, slot.sizes))
+        parts = layout.split(tensor, slot.layouts)
+        for target, part in zip(slot.parts_of(arrays), parts, strict=True):
+            _bits(target)[...] = _bits(part)
     for name, tensor in shards.read(copies):
         if not np.array_equal(tensor, arrays["embedding"]):
             raise CheckpointError(
                 f"{directory}: tie_word_embeddings=true, but {name} differs from "
-                f"{MODEL_TENSORS['embedding'][0]}; set it to false in {CONFIG_FILE}"
+                f"{rename(MODEL_TENSORS['embedding'][0])}; set it to false in {CONFIG_FILE}"
             )
     return model, arrays
 
@@ -128,50 +148,76 @@ def write_model(
     definition = define(model)
     slots = sorted(slots_of(definition, family), key=lambda slot: _natural(slot.name))
     names = {dtype: name for name, dtype in shards.DTYPES.items()}
-    infos, sources = {}, {}
+    infos = {}
     for slot in slots:
-        array = np.asarray(_leaf(arrays, slot.path))
-        infos[slot.name] = shards.TensorInfo(directory, slot.shape, names[array.dtype])
-        sources[slot.name] = (slot, array)
+        dtypes = {array.dtype for array in slot.parts_of(arrays)}
+        if len(dtypes) > 1:
+            raise CheckpointError(
+                f"{slot.name} would join {' and '.join('/'.join(path) for path in slot.paths)}, "
+                f"which are of {' and '.join(sorted(map(str, dtypes)))}; they must have one dtype"
+            )
+        infos[slot.name] = shards.TensorInfo(directory, slot.shape, names[dtypes.pop()])
+    by_name = {slot.name: slot for slot in slots}
 
     def stored(name: str) -> np.ndarray:
-        slot, array = sources[name]
-        array = array if slot.repeat is None else array[slot.repeat]
-        return layout.to_stored(_bits(array), slot.layout, slot.axes, slot.sizes)
+        slot = by_name[name]
+        return layout.join([_bits(array) for array in slot.parts_of(arrays)], slot.layouts)
 
     config = dict(original or {})
     if not original or differences(model, family.read(original)):
         config = {n: v for n, v in config.items() if not n.startswith("rope_")}
         config |= family.write(model)
-    dtype = str(sources[MODEL_TENSORS["embedding"][0]][1].dtype)
+    dtype = str(arrays["embedding"].dtype)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     shards.write(directory, infos, stored, shard_bytes)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return config
 
 
+def left_out(family: Family, tensors: Mapping[str, Any]) -> list[str]:
+    """Names of tensors that belong to other parts of a model than its text model."""
+    pattern = re.compile(family.other_tensors) if family.other_tensors else None
+    return [name for name in tensors if pattern and pattern.fullmatch(name)]
+
+
 def slots_of(definition: ModelDefinition, family: Family) -> Iterator[Slot]:
     """Every tensor of the checkpoint; ConfigError for a parameter that the family lacks."""
+    pattern = layer_pattern(definition.config)
     places = len(definition.parameters["stack"].get("period", {}))
+    blocks: dict[tuple[str, ...], dict[str, Any]] = {}
     for path, leaf in _leaves(definition.parameters):
-        axes, shape = tuple(leaf.axes), tuple(leaf.shape)
-        if path[0] != "stack":
-            table, ours, prefixes = MODEL_TENSORS, ".".join(path), {None: ""}
-        else:
-            table, ours, place = family.layer_tensors, ".".join(path[3:]), int(path[2])
-            repeats = shape[0] if path[1] == "period" else 1
-            if path[1] == "period":
-                axes, shape = axes[1:], shape[1:]
+        block = path[:3] if path[0] == "stack" else ()
+        blocks.setdefault(block, {})[".".join(path[len(block) :])] = leaf
+    for block, leaves in blocks.items():
+        table, prefixes = MODEL_TENSORS, {None: ""}
+        if block:
+            place = int(block[2])
+            layers: dict[int | None, int] = {None: _scanned(definition) + place}
+            if block[1] == "period":
+                repeats = next(iter(leaves.values())).shape[0]
                 layers = {r: r * places + place for r in range(repeats)}
-            else:
-                layers = {None: _scanned(definition) + place}
             prefixes = {r: f"model.layers.{number}." for r, number in layers.items()}
-        if ours not in table:
-            raise ConfigError(f"{family.architecture} has no counterpart of {'/'.join(path)}")
-        name, stored = table[ours]
-        for repeat, prefix in prefixes.items():
-            sizes = dict(zip(axes, shape, strict=True))
-            yield Slot(path, repeat, prefix + name, stored, axes, sizes)
+            mixer = pattern[next(iter(layers.values())) % len(pattern)].mixer
+            table = family.layer_tensors(mixer)
+        for ours in leaves:
+            if ours not in table:
+                path = "/".join((*block, *ours.split(".")))
+                raise ConfigError(f"{family.architecture} has no counterpart of {path}")
+        sizes = {
+            ours: {n: s for n, s in zip(leaf.axes, leaf.shape, strict=True) if n != "layers"}
+            for ours, leaf in leaves.items()
+        }
+        every_size = {name: size for own in sizes.values() for name, size in own.items()}
+        held: dict[str, list[tuple[tuple[str, ...], Layout]]] = {}
+        for ours in table:
+            if ours in leaves:
+                name, stored = table[ours]
+                one = Layout(stored, tuple(sizes[ours]), every_size | sizes[ours])
+                held.setdefault(name, []).append(((*block, *ours.split(".")), one))
+        for name, parts in held.items():
+            paths, layouts = zip(*parts, strict=True)
+            for repeat, prefix in prefixes.items():
+                yield Slot(prefix + name, paths, layouts, repeat)
 
 
 def _scanned(definition: ModelDefinition) -> int:
@@ -221,7 +267,8 @@ def _allocate(
     """Empty arrays of the dtypes stored; CheckpointError if layers of one parameter differ."""
     dtypes: dict[tuple[str, ...], set[str]] = {}
     for name, slot in slots.items():
-        dtypes.setdefault(slot.path, set()).add(tensors[name].dtype)
+        for path in slot.paths:
+            dtypes.setdefault(path, set()).add(tensors[name].dtype)
     arrays: dict[str, Any] = {}
     for path, leaf in _leaves(definition.parameters):
         if len(dtypes[path]) > 1:

@@ -1,6 +1,15 @@
 """Qwen3, dense models (arXiv 2505.09388): Llama's layers with QK-norm and an explicit head size."""
 
-from efficient_lm.interop.family import LAYER_TENSORS, Family
+from collections.abc import Mapping
+from typing import Any
+
+from efficient_lm.interop.family import ATTENTION_TENSORS, QK_NORM_TENSORS, Family
+
+
+def kind_of(index: int, values: Mapping[str, Any]) -> str:
+    """The kind of a layer where config.json has no `layer_types`."""
+    return "sliding_attention" if index >= values["max_window_layers"] else "full_attention"
+
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
@@ -16,11 +25,8 @@ FAMILY = Family(
         "layer_types": None,
     },
     only={"hidden_act": ("silu",)},
-    layer_tensors=LAYER_TENSORS
-    | {
-        "mixer.query_norm.scale": ("self_attn.q_norm.weight", "head_dim"),
-        "mixer.key_norm.scale": ("self_attn.k_norm.weight", "head_dim"),
-    },
-    qk_norm=True,
-    sliding_window=True,
+    attention={"qk_norm": True},
+    tensors={"attention": ATTENTION_TENSORS | QK_NORM_TENSORS},
+    kinds={"full_attention": "attention", "sliding_attention": "attention"},
+    kind_of=kind_of,
 )

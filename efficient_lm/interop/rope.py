@@ -15,13 +15,21 @@ FIELDS = {
 }
 
 
-def read(given: dict[str, Any]) -> RopeConfig:
-    """From config.json, either `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+# Of positions in images; tokens of text have one position, whichever way it is split.
+IMAGE_FIELDS = ("mrope_section", "mrope_interleaved")
+
+
+def read(given: dict[str, Any], *, partial: bool = False) -> RopeConfig:
+    """From config.json, either `rope_parameters` or the older `rope_theta` and `rope_scaling`.
+
+    partial: whether the architecture can rotate a part of each head, as `write` takes it.
+    """
     name = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"
-    values = dict(given.get(name) or {})
+    values = {n: v for n, v in (given.get(name) or {}).items() if n not in IMAGE_FIELDS}
     theta = values.pop("rope_theta", None) or given.get("rope_theta") or 10_000.0
     fraction = values.pop("partial_rotary_factor", given.get("partial_rotary_factor"))
-    if fraction not in (None, 1):
+    fraction = 1.0 if fraction is None else float(fraction)
+    if fraction != 1 and not partial:
         raise ConfigError(f"partial_rotary_factor={fraction} is not supported; supported: 1")
     older = values.pop("type", "default")
     kind = values.pop("rope_type", older)
@@ -41,11 +49,19 @@ def read(given: dict[str, Any]) -> RopeConfig:
     ours = {FIELDS[kind][n]: v for n, v in values.items() if n in FIELDS[kind] and v is not None}
     ours = {n: v if n == "original_max_length" else float(v) for n, v in ours.items()}
     scaling = "none" if kind == "default" else kind
-    return RopeConfig(theta=float(theta), scaling=scaling, **ours)
+    return RopeConfig(fraction=fraction, theta=float(theta), scaling=scaling, **ours)
 
 
-def write(rope: RopeConfig) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, which older and newer readers of config.json know."""
+def write(rope: RopeConfig, *, partial: bool = False) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, which older and newer readers of config.json know.
+
+    partial: `rope_parameters` instead; architectures that have it are newer.
+    """
+    if partial:
+        older = write(rope)
+        scaling = older["rope_scaling"] or {"rope_type": "default"}
+        shared = {"rope_theta": rope.theta, "partial_rotary_factor": rope.fraction}
+        return {"rope_parameters": scaling | shared}
     if rope.scaling == "none":
         return {"rope_theta": rope.theta, "rope_scaling": None}
     scaling: dict[str, Any] = {"rope_type": rope.scaling}

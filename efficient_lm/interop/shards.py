@@ -83,7 +83,7 @@ def write(
     read_tensor: Callable[[str], np.ndarray],
     max_shard_bytes: int,
 ) -> None:
-    """Write tensors in the order given, with an index when there is more than one file.
+    """Write tensors to files in the order given, with an index when there is more than one file.
 
     `tensors` gives shapes and dtypes (their `file` is not used); `read_tensor(name)` is asked for
     one at a time. A tensor larger than `max_shard_bytes` gets a file of its own.
@@ -119,7 +119,12 @@ def _open(path: Path):
 
 
 def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read_tensor) -> None:
-    """Header length (8 bytes), header (JSON, padded to 8 bytes), then the data in order."""
+    """Header length (8 bytes), header (JSON, padded to 8 bytes), then the data.
+
+    Wider dtypes come first, so that each tensor is aligned to its own, as readers may need.
+    """
+    widest_first = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)
+    tensors = {name: tensors[name] for name in widest_first}
     header: dict = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
     offset = 0
     for name, info in tensors.items():

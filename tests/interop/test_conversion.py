@@ -27,16 +27,23 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_there_and_back_with_tokenizer_is_exact(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "architecture", "parameters"),
+    [
+        ("qwen3", "Qwen3ForCausalLM", "105,920 parameters (bfloat16)"),
+        ("qwen3_5", "Qwen3_5ForCausalLM", "129,496 parameters (bfloat16, float32)"),
+    ],
+)
+def test_there_and_back_with_tokenizer_is_exact(name, architecture, parameters, tmp_path):
     workdir, target = tmp_path / "run", tmp_path / "out"
-    lines = conversion.to_workdir(MODELS / "qwen3", workdir)
-    assert lines == [f"wrote {workdir}: 105,920 parameters (bfloat16)"]
+    lines = conversion.to_workdir(MODELS / name, workdir)
+    assert lines == [f"wrote {workdir}: {parameters}"]
     config = Config.from_dict(json.loads((workdir / "config.json").read_text()))
     assert config.data.tokenizer == str(workdir / "tokenizer")
     tokenizer = load_tokenizer(workdir / "tokenizer")
     assert tokenizer.decode(tokenizer.encode("Beautiful is ✓")) == "Beautiful is ✓"
-    assert conversion.from_workdir(workdir, target) == [f"wrote {target}: Qwen3ForCausalLM"]
-    assert files(target) == files(MODELS / "qwen3")
+    assert conversion.from_workdir(workdir, target) == [f"wrote {target}: {architecture}"]
+    assert files(target) == files(MODELS / name)
 
 
 def test_parameters_are_read_back_in_their_dtype(tmp_path):
@@ -49,7 +56,7 @@ def test_parameters_are_read_back_in_their_dtype(tmp_path):
         np.testing.assert_array_equal(np.asarray(a), b)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_window"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_window", "qwen3_5"])
 def test_load_reads_it_like_a_run(name, tmp_path):
     conversion.to_workdir(MODELS / name, tmp_path / "run")
     model, tokenizer, config = efficient_lm.load(tmp_path / "run", dtype="float32")
@@ -57,7 +64,7 @@ def test_load_reads_it_like_a_run(name, tmp_path):
     logits = np.asarray(model(reference["tokens"]).logits)
     error = np.abs(logits - reference["logits"]).max() / np.abs(reference["logits"]).max()
     assert error < 2e-5
-    assert (tokenizer is None) == (name != "qwen3")
+    assert (tokenizer is None) == (name == "qwen3_window")
     assert config.model.max_length == 256
 
 

@@ -79,7 +79,8 @@ def test_config_written_without_an_original_describes_the_same_model(name, tmp_p
         for field in family.IGNORED_FIELDS - {"architectures", "model_type", "dtype"}:
             fields.pop(field, None)
     rope_fields = set(family.ROPE_FIELDS)
-    assert rope.read(written) == rope.read(original)
+    partial = hugging_face.family_of(original).partial_rope
+    assert rope.read(written, partial=partial) == rope.read(original, partial=partial)
     if not original.get("use_sliding_window"):
         rope_fields.add("max_window_layers")
     same = {n: v for n, v in original.items() if n not in rope_fields}
@@ -309,10 +310,34 @@ def test_models_that_no_architecture_expresses(changes, message, tmp_path):
 
 def test_layout_is_its_own_inverse(rng):
     sizes = {"heads": 3, "head_dim": 4, "embed": 5}
-    stored = rng.normal(size=(5, 12))
-    ours = layout.from_stored(
-        stored, "embed (heads head_dim)", ("heads", "head_dim", "embed"), sizes
-    )
+    one = [layout.Layout("embed (heads head_dim)", ("heads", "head_dim", "embed"), sizes)]
+    stored = rng.normal(size=layout.stored_shape(one))
+    assert stored.shape == (5, 12)
+    (ours,) = layout.split(stored, one)
     assert ours.shape == (3, 4, 5) and ours[1, 2, 3] == stored[3, 1 * 4 + 2]
-    again = layout.to_stored(ours, "embed (heads head_dim)", ("heads", "head_dim", "embed"), sizes)
-    np.testing.assert_array_equal(again, stored)
+    np.testing.assert_array_equal(layout.join([ours], one), stored)
+
+
+@pytest.mark.parametrize(
+    ("text", "heads", "row"),
+    [  # the row in which feature h of head n of part p lies; a part has `heads[p]` heads of 4
+        ("(heads head_dim)+ 1 width", (2, 6), lambda p, n, h: (p * 2 + n) * 4 + h),
+        ("(heads head_dim)+heads 1 width", (3, 3), lambda p, n, h: (n * 2 + p) * 4 + h),
+        # two groups: two heads of the first part, then three of the second
+        ("(heads head_dim)+groups 1 width", (4, 6),
+         lambda p, n, h: (n // (2 + p) * 5 + p * 2 + n % (2 + p)) * 4 + h),
+    ],
+)  # fmt: skip
+def test_joined_arrays_lie_where_the_layout_says(text, heads, row, rng):
+    sizes = {"head_dim": 4, "width": 5, "groups": 2}
+    axes = ("head_dim", "heads", "width")
+    layouts = [layout.Layout(text, axes, sizes | {"heads": count}) for count in heads]
+    stored = rng.normal(size=layout.stored_shape(layouts))
+    assert stored.shape == (4 * sum(heads), 1, 5)
+    parts = list(layout.split(stored, layouts))
+    for p, count in enumerate(heads):
+        assert parts[p].shape == (4, count, 5)
+        for n in range(count):
+            for h in range(4):
+                np.testing.assert_array_equal(parts[p][h, n], stored[row(p, n, h), 0])
+    np.testing.assert_array_equal(layout.join(parts, layouts), stored)

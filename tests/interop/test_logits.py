@@ -56,7 +56,7 @@ def test_inputs_are_long_enough_to_tell(name, part):
     assert error(logits, reference) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3_window"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3_window", "qwen3_5"])
 def test_decoding_with_a_cache_gives_the_same_logits(name):
     model, arrays, tokens, reference = load(name)
     prompt = 60  # longer than the window, and some steps follow

@@ -16,7 +16,7 @@ import pytest
 from efficient_lm.config import Config
 from efficient_lm.data.tokenizers import make_tokenizer
 from efficient_lm.errors import ConfigError, DataError
-from efficient_lm.interop import llama3, qwen3
+from efficient_lm.interop import llama3, qwen3, qwen3_5
 from efficient_lm.model.definition import define
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +120,31 @@ def test_parameter_counts_are_the_published_ones(name, published, by_hand):
     assert define(config_of(name).model).count() == published == decoder_parameters(*by_hand)
 
 
+@pytest.mark.parametrize(
+    ("size", "published", "width", "layers", "hidden", "heads", "shared", "value_heads", "tied"),
+    [
+        ("0.8b", 0.75, 1024, 24, 3584, 8, 2, 16, True),
+        ("2b", 1.88, 2048, 24, 6144, 8, 2, 16, True),
+        ("4b", 4.21, 2560, 32, 9216, 16, 4, 32, True),
+        ("9b", 8.95, 4096, 32, 12288, 16, 4, 32, False),
+        ("27b", 26.9, 5120, 64, 17408, 24, 4, 48, False),
+    ],
+)
+def test_parameter_counts_of_qwen3_5(
+    size, published, width, layers, hidden, heads, shared, value_heads, tied
+):
+    model = config_of(f"qwen3_5.py:{size}").model
+    count = define(model).count()
+    assert abs(count / 1e9 - published) <= 0.5 * 10.0 ** -(1 if published > 10 else 2)
+    attention = width * 256 * (3 * heads + 2 * shared) + 2 * 256
+    channels, values = 128 * (2 * 16 + value_heads), 128 * value_heads
+    gated_deltanet = width * (channels + 2 * values + 2 * value_heads) + 4 * channels
+    gated_deltanet += 2 * value_heads + 128
+    every = 3 * width * hidden + 2 * width
+    mixers = layers // 4 * (3 * gated_deltanet + attention)
+    assert count == 248_320 * width * (2 - tied) + layers * every + mixers + width
+
+
 @pytest.mark.parametrize("name", ["gpt2_124m.py:muon", "gpt2_124m.py:adamw"])
 def test_gpt2_has_its_shapes(name):
     model = config_of(name).model
@@ -128,10 +153,13 @@ def test_gpt2_has_its_shapes(name):
     assert model.vocabulary_size % 128 == 0 and 0 <= model.vocabulary_size - 50257 < 128
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("llama3.py", "qwen3.py"))])
+FAMILIES = {"llama3": llama3.FAMILY, "qwen3": qwen3.FAMILY, "qwen3_5": qwen3_5.FAMILY}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.partition(".py")[0] in FAMILIES])
 def test_model_families_are_those_of_hugging_face(name):
     """The shapes can be exported, and come back as the same config."""
-    family = llama3.FAMILY if name.startswith("llama3") else qwen3.FAMILY
+    family = FAMILIES[name.partition(".py")[0]]
     model = config_of(name).model
     again = family.read(family.write(model))
     assert define(again).count() == define(model).count()

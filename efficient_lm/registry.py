@@ -13,6 +13,7 @@ from efficient_lm.errors import ConfigError
 MIXERS = {
     "attention": "efficient_lm.mixers.attention:Attention",
     "gated_deltanet": "efficient_lm.mixers.gated_deltanet:GatedDeltaNet",
+    "two_mamba": "efficient_lm.mixers.two_mamba:TwoMamba",
 }
 FEED_FORWARDS = {
     "dense": "efficient_lm.ffn.dense:Dense",

@@ -3,5 +3,12 @@
 from pallas_kernels.attention import Mask, attention
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_linear_attention import gated_linear_attention
+from pallas_kernels.second_order_attention import second_order_attention
 
-__all__ = ["Mask", "attention", "gated_delta_rule", "gated_linear_attention"]
+__all__ = [
+    "Mask",
+    "attention",
+    "gated_delta_rule",
+    "gated_linear_attention",
+    "second_order_attention",
+]

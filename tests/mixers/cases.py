@@ -47,4 +47,9 @@ CASES = {
             "convolution_width": 2,
         },
     },
+    "two_mamba": {
+        "square": {"num_heads": 2},
+        "exponential": {"num_heads": 4, "score": "exponential", "decay": "step"},
+        "linear": {"num_heads": 1, "score": "linear"},
+    },
 }

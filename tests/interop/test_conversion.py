@@ -63,7 +63,7 @@ def test_load_reads_it_like_a_run(name, tmp_path):
     reference = np.load(MODELS / f"{name}.npz")
     logits = np.asarray(model(reference["tokens"]).logits)
     error = np.abs(logits - reference["logits"]).max() / np.abs(reference["logits"]).max()
-    assert error < 2e-5
+    assert error < 1e-4  # test_logits has the exact limits
     assert (tokenizer is None) == (name == "qwen3_window")
     assert config.model.max_length == 256
 

@@ -1,0 +1,105 @@
+"""Linear attention with a decay and the gated delta rule on Hopper, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._hopper.gradients import combine, gradients
+from pallas_kernels._hopper.prepare import PAIR, prepare
+from pallas_kernels._hopper.reverse import reverse
+from pallas_kernels._hopper.scan import scan
+from pallas_kernels._hopper.tiles import CHUNK, TILE
+
+SMALLEST = 1e-15  # of beta, by whose square the backward pass divides
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T N V"],
+    g: Float[Array, "B T N"],
+    beta: Float[Array, "B T N"] | None,
+    initial_state: Float[Array, "B N K V"],
+    documents: Int[Array, "B T"] | None,
+    scale: float,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
+    """(o, final state); without beta linear attention, with it the delta rule.
+
+    bfloat16 or float16 q, k and v, fp32 g, beta and states. K is 64 or 128, V a multiple of 64.
+    documents: number of each token's document, never falling.
+    """
+    return forward(q, k, v, g, beta, initial_state, documents, scale)[0]
+
+
+def forward(q, k, v, g, beta, initial_state, documents, scale):
+    tokens = q.shape[1]
+    residuals = q, k, v, g, beta, initial_state, documents
+    q, k, v, g, beta, state, documents = arranged(*residuals)
+    _, gates, scores, inverse = prepare(q, k, g, beta, documents, scale=scale)
+    o, state = scan(
+        q, k, v, gates, scores, inverse, state,
+        scale=scale, states=False, warpgroups=warpgroups(v),
+    )  # fmt: skip
+    return (o[:, :tokens], jnp.swapaxes(state, 2, 3)), residuals
+
+
+def backward(scale, residuals, cotangents):
+    d_out, d_final = cotangents
+    tokens, heads = residuals[0].shape[1:3]
+    q, k, v, g, beta, state, documents = arranged(*residuals)
+    d_out = padded(d_out.astype(q.dtype), q.shape[1])
+    d_final = jnp.swapaxes(d_final, 2, 3)
+    many = {"scale": scale, "warpgroups": warpgroups(v)}
+    summed, gates, scores, inverse = prepare(q, k, g, beta, documents, scale=scale)
+    states, values, _ = scan(q, k, v, gates, scores, inverse, state, states=True, **many)
+    d_states, d_v, d_state = reverse(q, k, d_out, gates, scores, inverse, d_final, **many)
+    values = v if values is None else values
+    d_q, d_k, last, dots = gradients(
+        q, k, values, d_out, d_v, states, d_states, summed, gates, beta, documents, scale=scale
+    )
+    d_g = jnp.swapaxes(combine(dots, q.shape[1] // CHUNK), 1, 2)[:, :tokens]
+    d_v, d_beta = (last, None) if d_v is None else (d_v, jnp.swapaxes(last, 1, 2)[:, :tokens])
+
+    def over_shared(x):
+        """The sum over the value heads that share a query and key head."""
+        x = x[:, :tokens]
+        if x.shape[2] == heads:
+            return x
+        x = x.reshape(*x.shape[:2], heads, -1, x.shape[3])
+        return jnp.sum(x, axis=3, dtype=jnp.float32).astype(x.dtype)
+
+    return (
+        over_shared(d_q), over_shared(d_k), d_v[:, :tokens], d_g, d_beta,
+        jnp.swapaxes(d_state, 2, 3), None,
+    )  # fmt: skip
+
+
+chunked.defvjp(forward, backward)
+
+
+def warpgroups(v) -> int:
+    """Tiles of value features a processor takes: two where that leaves none without work."""
+    B, _, N, V = v.shape
+    return 2 if V % (2 * TILE) == 0 and B * N >= 64 else 1
+
+
+def padded(x, length: int):
+    """`x` [B, T, ...] with zeros up to `length` tokens."""
+    missing = length - x.shape[1]
+    return x if not missing else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+
+
+def arranged(q, k, v, g, beta, initial_state, documents):
+    """Whole pairs of chunks; gates as [B, N, T]; transposed states; a beta that can be divided by."""
+    length = -(-q.shape[1] // (PAIR * CHUNK)) * PAIR * CHUNK
+    if documents is not None:
+        documents = jnp.pad(documents, ((0, 0), (0, length - documents.shape[1])), mode="edge")
+    q, k, v = (padded(x, length) for x in (q, k, v))
+    g = jnp.swapaxes(padded(g, length), 1, 2)
+    if beta is not None:
+        beta = jnp.swapaxes(padded(beta, length), 1, 2)
+        beta = jnp.where(jnp.abs(beta) < SMALLEST, SMALLEST, beta)
+    return q, k, v, g, beta, jnp.swapaxes(initial_state, 2, 3), documents

@@ -1,0 +1,199 @@
+"""The state pass over chunks on Hopper: outputs and the final state, or the state of every chunk.
+
+Everything is kept transposed: a warpgroup owns 64 value features, and its state S^T [64, K] never
+leaves the registers. It is the left operand of every product; right operands are tiles in shared
+memory, so warpgroups need not speak to each other. One more warpgroup fetches the tiles.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._hopper.tiles import CHUNK, MATRIX, SQUARE, TILE, across, tiles
+
+STAGES = 2  # chunks in flight
+
+
+def registers(warpgroups: int, fetches: bool) -> None:
+    """Give the registers of the warpgroup that fetches to the two that compute."""
+    if warpgroups == 2:  # of 65536: 128 * (232 + 232 + 40)
+        plgpu.set_max_registers(*((40,) if fetches else (232,)),
+                                action="decrease" if fetches else "increase")  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "states", "warpgroups"))
+def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpgroups):
+    """(o, final state) or, with `states`, (states, values, final state).
+
+    q, k [B, T, H, K], v [B, T, N, V]; gates, scores and inverse from `prepare`, inverse None
+    without the delta rule; initial and final state fp32 [B, N, V, K], transposed. With `states` q
+    and scores are not read; states [B, N, T/64, V, K] are those before each chunk, and values
+    [B, T, N, V] what the delta rule writes (None without it).
+    """
+    B, T, H, K = k.shape
+    N, V = v.shape[2:]
+    chunks, dtype = T // CHUNK, k.dtype
+    delta = inverse is not None
+    shared = N // H
+
+    def kernel(*refs):
+        refs = iter(refs)
+        k_ref, v_ref, gates_ref, initial_ref = (next(refs) for _ in range(4))
+        inverse_ref = next(refs) if delta else None
+        q_ref, scores_ref = (None, None) if states else (next(refs), next(refs))
+        final_ref = next(refs)
+        states_ref = next(refs) if states else None
+        out_ref = next(refs, None)  # o, or the values written
+
+        def body(k_s, v_s, gates_s, q_s, scores_s, inverse_s, out_s, states_s, full, empty):
+            row = lax.axis_index("row")
+            batch, n = row // N, lax.rem(row, N)
+            head = n // shared
+            me = lax.axis_index("wg")
+
+            @pl.when(me == warpgroups)
+            def fetch():
+                registers(warpgroups, fetches=True)
+
+                @pl.loop(0, chunks)
+                def _(i):
+                    slot = lax.rem(i, STAGES)
+
+                    @pl.when(i >= STAGES)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    tokens, barrier = pl.ds(i * CHUNK, CHUNK), full.at[slot]
+
+                    def get(source, target):
+                        plgpu.copy_gmem_to_smem(source, target, barrier)
+
+                    get(k_ref.at[batch, tokens, head], k_s.at[slot])
+                    get(gates_ref.at[batch, n, i], gates_s.at[slot])
+                    for w in range(warpgroups):
+                        features = pl.ds((lax.axis_index("v") * warpgroups + w) * TILE, TILE)
+                        get(v_ref.at[batch, tokens, n, features], v_s.at[slot, w])
+                    if delta:
+                        get(inverse_ref.at[batch, n, i], inverse_s.at[slot])
+                    if not states:
+                        get(q_ref.at[batch, tokens, head], q_s.at[slot])
+                        get(scores_ref.at[batch, n, i], scores_s.at[slot])
+
+            @pl.when(me < warpgroups)
+            def compute():
+                registers(warpgroups, fetches=False)
+                features = pl.ds((lax.axis_index("v") * warpgroups + me) * TILE, TILE)
+
+                def step(i, state):
+                    slot = lax.rem(i, STAGES)
+                    tokens = pl.ds(i * CHUNK, CHUNK)
+                    plgpu.barrier_wait(full.at[slot])
+                    v_t = plgpu.load(v_s.at[slot, me].T, layout=MATRIX).astype(jnp.float32)
+                    before, after = (across(gates_s.at[slot, x], TILE) for x in (0, 1))
+                    whole = gates_s[slot, 0, CHUNK - 1]
+                    low = state.astype(dtype)
+
+                    def products(accumulators):
+                        """What the state gives to queries, and the values to be written."""
+                        read, value = None, v_t
+                        if delta:
+                            plgpu.wgmma(accumulators["stored"], low, k_s.at[slot].T)
+                        if not states:
+                            plgpu.wgmma(accumulators["read"], low, q_s.at[slot].T)
+                        if delta:
+                            stored = plgpu.wgmma_accumulator_load(
+                                accumulators["stored"], wait_n=0 if states else 1
+                            )
+                            error = (v_t - before * stored).astype(dtype)
+                            plgpu.wgmma(accumulators["value"], error, inverse_s.at[slot].T)
+                            value = accumulators["value"][...]
+                        if not states:
+                            read = accumulators["read"][...]
+                        return [x for x in (value, read) if x is not None]
+
+                    names = ["stored", "value"] * delta + ["read"] * (not states)
+                    if states:  # while the products run
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        states_s[me] = low
+                    value, *read = [v_t]
+                    if names:
+                        value, *read = pl.run_scoped(
+                            lambda *given: products(dict(zip(names, given, strict=True))),
+                            *[plgpu.ACC((TILE, CHUNK), jnp.float32)] * len(names),
+                        )
+                    low_value, kept = value.astype(dtype), (value * after).astype(dtype)
+
+                    def update(accumulators):
+                        if not states:
+                            o_acc, state_acc = accumulators
+                            plgpu.wgmma(o_acc, low_value, scores_s.at[slot].T)
+                        else:
+                            (state_acc,) = accumulators
+                        plgpu.wgmma(state_acc, kept, k_s.at[slot])
+                        if states:
+                            out = low_value if delta else None
+                        else:
+                            out = plgpu.wgmma_accumulator_load(o_acc, wait_n=1).astype(dtype)
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        if out is not None:
+                            out_s.at[me].T[...] = out
+                        plgpu.commit_smem()
+                        if out is not None:
+                            target = out_ref.at[batch, tokens, n, features]
+                            plgpu.copy_smem_to_gmem(out_s.at[me], target)
+                        if states:
+                            target = states_ref.at[batch, n, i, features]
+                            plgpu.copy_smem_to_gmem(states_s.at[me], target)
+
+                    start = [plgpu.ACC.init(state * whole)]
+                    if not states:
+                        start.insert(0, plgpu.ACC.init(read[0] * before * scale))
+                    state = pl.run_state(update)(start)[-1]
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return state
+
+                state = plgpu.load(initial_ref.at[batch, n, features], layout=MATRIX,
+                                   optimized=False)  # fmt: skip
+                state = lax.fori_loop(0, chunks, step, state)
+                final_ref[batch, n, features] = state
+                plgpu.wait_smem_to_gmem(0)
+
+        copies = 2 + warpgroups + delta + 2 * (not states)
+        pl.run_scoped(
+            body,
+            tiles((STAGES, CHUNK, K), dtype),
+            tiles((STAGES, warpgroups, CHUNK, TILE), dtype),
+            plgpu.SMEM((STAGES, 2, CHUNK), jnp.float32),
+            None if states else tiles((STAGES, CHUNK, K), dtype),
+            None if states else tiles((STAGES, *SQUARE), dtype),
+            tiles((STAGES, *SQUARE), dtype) if delta else None,
+            tiles((warpgroups, CHUNK, TILE), dtype) if delta or not states else None,
+            tiles((warpgroups, TILE, K), dtype) if states else None,
+            plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),
+            collective_axes="wg",
+        )
+
+    values = jax.ShapeDtypeStruct((B, T, N, V), dtype)
+    out = [jax.ShapeDtypeStruct((B, N, V, K), jnp.float32)]
+    if states:
+        out += [jax.ShapeDtypeStruct((B, N, chunks, V, K), dtype)]
+    if delta or not states:
+        out += [values]
+    operands = [k, v, gates, initial_state] + [inverse] * delta + [q, scores] * (not states)
+    final, *rest = plgpu.kernel(
+        kernel,
+        out_type=out,
+        grid=(B * N, V // (TILE * warpgroups)),
+        grid_names=("row", "v"),
+        num_threads=warpgroups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands)
+    if not states:
+        return rest[0], final
+    return rest[0], rest[1] if delta else None, final

@@ -1,0 +1,18 @@
+"""What the Hopper kernels of the recurrent ops can take."""
+
+import jax
+
+from pallas_kernels._core.dispatch import Condition
+
+VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+CONDITIONS = (
+    Condition("JAX 0.11 or later", lambda f: VERSION >= (0, 11)),
+    Condition(
+        "a Hopper GPU",
+        lambda f: f.target.compute_capability and 9 <= f.target.compute_capability < 10,
+    ),
+    Condition("no decay, or one a head", lambda f: f.decay != "vector"),
+    Condition("64 or 128 key features", lambda f: f.K in (64, 128)),
+    Condition("64, or a multiple of 128, value features", lambda f: f.V == 64 or f.V % 128 == 0),
+)

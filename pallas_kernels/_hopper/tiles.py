@@ -1,0 +1,58 @@
+"""What the Hopper kernels of the recurrent ops have in common: sizes, layouts, vectors."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+CHUNK = 64  # tokens
+TILE = 64  # features of a warpgroup: the rows of a Hopper matrix product
+SQUARE = (CHUNK, CHUNK)
+
+MATRIX = plgpu.Layout.WGMMA
+DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of a matrix
+ACROSS = plgpu.Layout.WGMMA.reduce(0)  # a vector along its columns
+
+
+def tiles(shape, dtype):
+    """Shared memory for operands of matrix products."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def down(ref, columns: int = CHUNK):
+    """A vector [R] of memory as a matrix [R, columns] whose columns are equal."""
+    vector = plgpu.load(ref, layout=DOWN, optimized=False)
+    return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
+
+
+def across(ref, rows: int = CHUNK):
+    """A vector [C] of memory as a matrix [rows, C] whose rows are equal."""
+    vector = plgpu.load(ref, layout=ACROSS, optimized=False)
+    return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
+
+
+def places():
+    """Row and column numbers of a chunk's square."""
+    return tuple(plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=MATRIX) for axis in (0, 1))
+
+
+def product(left, right, shape=SQUARE):
+    """left @ right in fp32, waited for."""
+
+    def run(accumulator):
+        plgpu.wgmma(accumulator, left, right)
+        return accumulator[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
+def exp_where(mask, difference):
+    """exp(difference) where the mask holds, else 0; nothing overflows where it does not."""
+    return jnp.exp(jnp.where(mask, difference, -jnp.inf))
+
+
+def matrix_of(B: int, N: int, T: int, dtype):
+    """Type of an array with a square for each chunk."""
+    return jax.ShapeDtypeStruct((B, N, T // CHUNK, *SQUARE), dtype)

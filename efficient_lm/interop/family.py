@@ -80,7 +80,7 @@ class Family:
 
     defaults: fields that config.json may leave out; None: worked out from others.
     only: fields with the values that we can compute; unwritten: those of them that its own
-    config.json leaves out.
+    config.json leaves out; ignored: fields without effect on models that we can compute.
     model, attention: fields of ours that all its models have.
     fields, tensors: of each mixer that it has, ours -> theirs, as ATTENTION_FIELDS and
     ATTENTION_TENSORS; names of tensors without the prefix `model.layers.N.`.
@@ -96,6 +96,7 @@ class Family:
     defaults: Mapping[str, Any]
     only: Mapping[str, tuple] = field(default_factory=dict)
     unwritten: tuple[str, ...] = ()
+    ignored: frozenset[str] = frozenset()
     model: Mapping[str, Any] = field(default_factory=dict)
     attention: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Mapping[str, str]] = field(
@@ -189,7 +190,7 @@ class Family:
     def unread(self, given: dict[str, Any]) -> list[str]:
         """Fields of config.json that nothing here reads."""
         known = self._required() | IGNORED_FIELDS
-        known |= {*ROPE_FIELDS, *self.defaults, *self.only}
+        known |= {*ROPE_FIELDS, *self.defaults, *self.only, *self.ignored}
         return sorted(set(given) - known)
 
     def layer_tensors(self, mixer: str) -> dict[str, tuple[str, str]]:

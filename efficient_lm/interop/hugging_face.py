@@ -12,12 +12,12 @@ import numpy as np
 
 from efficient_lm.config import ModelConfig, layer_pattern
 from efficient_lm.errors import CheckpointError, ConfigError
-from efficient_lm.interop import layout, llama3, qwen3, qwen3_5, shards
+from efficient_lm.interop import layout, llama3, qwen3, qwen3_5, qwen3_next, shards
 from efficient_lm.interop.family import MODEL_TENSORS, Family, differences
 from efficient_lm.interop.layout import Layout
 from efficient_lm.model.definition import ModelDefinition, define
 
-FAMILIES = (llama3.FAMILY, qwen3.FAMILY, qwen3_5.FAMILY)
+FAMILIES = (llama3.FAMILY, qwen3.FAMILY, qwen3_5.FAMILY, qwen3_next.FAMILY)
 CONFIG_FILE = "config.json"
 SHARD_BYTES = 5 * 10**9
 # Buffers that older checkpoints stored; they follow from the config.

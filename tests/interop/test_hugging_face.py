@@ -70,13 +70,15 @@ def test_round_trip_is_exact(name, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, again[1], arrays))
 
 
-@pytest.mark.parametrize("name", CASES)
+# Dense Qwen3-Next is the same function as Qwen3.5, and written as that.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "qwen3_next"])
 def test_config_written_without_an_original_describes_the_same_model(name, tmp_path):
     model, arrays = hugging_face.read_model(MODELS / name)
     written = hugging_face.write_model(tmp_path, model, arrays)
     original = hugging_face.read_config(MODELS / name)
+    ignored = family.IGNORED_FIELDS - {"architectures", "model_type", "dtype"}
     for fields in (written, original):
-        for field in family.IGNORED_FIELDS - {"architectures", "model_type", "dtype"}:
+        for field in ignored:
             fields.pop(field, None)
     rope_fields = set(family.ROPE_FIELDS)
     partial = hugging_face.family_of(original).partial_rope

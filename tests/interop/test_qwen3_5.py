@@ -155,6 +155,15 @@ def test_configs_that_we_cannot_compute(changes, message):
         hugging_face.family_of(given).read(given)
 
 
+def test_mixtures_of_experts_are_refused_in_one_line():
+    given = hugging_face.read_config(MODELS / "qwen3_next") | {"num_experts": 512}
+    with pytest.raises(ConfigError, match=r"num_experts=512 is not supported for Qwen3Next.*: 0"):
+        hugging_face.family_of(given).read(given)
+    del given["num_experts"]
+    with pytest.raises(ConfigError, match="num_experts=512"):
+        hugging_face.family_of(given).read(given)
+
+
 def test_defaults_are_those_of_transformers():
     given = hugging_face.read_config(MODELS / "qwen3_5")
     small = {n: v for n, v in given.items() if not n.startswith(("linear_", "rope", "layer_"))}

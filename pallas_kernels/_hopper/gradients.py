@@ -13,8 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._hopper.tiles import (
-    CHUNK, MATRIX, SQUARE, TILE, across, down, exp_where, places, product, tiles,
+    CHUNK, DOWN, MATRIX, SQUARE, TILE, across, down, exp_where, places, product, tiles,
 )  # fmt: skip
+
+PROGRAMS = 132  # multiprocessors of an H100 or H200; each program takes chunk after chunk
 
 # Vectors from which the gradients of the decays are put together, see `combine`.
 QUERY, KEY, BEFORE, AFTER, FROM_STATE, FROM_CHUNK = range(6)
@@ -50,180 +52,270 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
     delta = d_v is not None
     shared, parts = N // H, V // TILE
 
+    total = B * N * chunks
+    programs = min(PROGRAMS, total)
+
     def kernel(*refs):
         refs = iter(refs)
         inputs = [next(refs) for _ in range(8)]
-        q_ref, k_ref, values_ref, d_out_ref, states_ref, d_states_ref, summed_ref, gates_ref = (
-            inputs
-        )
+        q_ref, k_ref, values_ref, d_out_ref, states_ref, d_states_ref, summed_ref, gates_ref = inputs
         d_v_ref, beta_ref = (next(refs) if delta else None for _ in range(2))
         documents_ref = next(refs) if documents is not None else None
         d_q_ref, d_k_ref, dots_ref, last_ref = (next(refs) for _ in range(4))
 
         def body(
-            q_s, k_s, values_s, d_out_s, states_s, d_states_s, d_v_s, both_s, out_s,
-            tokens_ready, part_ready, both_ready,
+            q_s, k_s, values_s, d_out_s, states_s, d_states_s, d_v_s, third_s, out_s,
+            tokens_ready, tokens_free, part_ready, part_free, third_ready,
         ):  # fmt: skip
-            row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
-            batch, n = row // N, lax.rem(row, N)
-            head = n // shared
-            tokens = pl.ds(chunk * CHUNK, CHUNK)
-            me = lax.axis_index("wg")
-
-            @pl.when(me == 0)
-            def _():
-                for part in range(parts):
-                    features, barrier = pl.ds(part * TILE, TILE), part_ready.at[part]
-
-                    def get(source, target):
-                        plgpu.copy_gmem_to_smem(source, target, barrier)
-
-                    get(d_out_ref.at[batch, tokens, n, features], d_out_s.at[part])
-                    get(values_ref.at[batch, tokens, n, features], values_s.at[part])
-                    get(states_ref.at[batch, n, chunk, features], states_s.at[part])
-                    get(d_states_ref.at[batch, n, chunk, features], d_states_s.at[part])
-                    if delta:
-                        get(d_v_ref.at[batch, tokens, n, features], d_v_s.at[part])
-                plgpu.copy_gmem_to_smem(q_ref.at[batch, tokens, head], q_s, tokens_ready)
-                plgpu.copy_gmem_to_smem(k_ref.at[batch, tokens, head], k_s, tokens_ready)
-
+            me, program = lax.axis_index("wg"), lax.axis_index("program")
+            count = (total - program + programs - 1) // programs
             i, j = places()
 
-            def decay(transposed=False, strict=False):
-                """exp(G_i - G_j) for j <= i of one document, or its transpose."""
-                source = summed_ref.at[batch, n, tokens]
-                difference = down(source) - across(source)
-                keep = (
-                    (i < j if strict else i <= j) if transposed else (i > j if strict else i >= j)
-                )
-                if documents is not None:
-                    index = documents_ref.at[batch, tokens]
-                    keep = keep & (down(index) == across(index))
-                return exp_where(keep, -difference if transposed else difference)
+            class Item:
+                """One chunk of one value head."""
+
+                def __init__(self, step):
+                    item = program + step * programs
+                    row, self.chunk = item // chunks, lax.rem(item, chunks)
+                    self.batch, self.n = row // N, lax.rem(row, N)
+                    self.head = self.n // shared
+                    self.tokens = pl.ds(self.chunk * CHUNK, CHUNK)
+                    self.place = (self.batch, self.n, self.chunk)
+
+                def decay(self, transposed=False, strict=False):
+                    """exp(G_i - G_j) for j <= i of one document, or its transpose."""
+                    source = summed_ref.at[self.batch, self.n, self.tokens]
+                    difference = down(source) - across(source)
+                    low, high = (j, i) if transposed else (i, j)
+                    keep = low > high if strict else low >= high
+                    if documents is not None:
+                        index = documents_ref.at[self.batch, self.tokens]
+                        keep = keep & (down(index) == across(index))
+                    return exp_where(keep, -difference if transposed else difference)
+
+                def gate(self, which, columns):
+                    return down(gates_ref.at[(*self.place, which)], columns)
+
+                def put_dot(self, which, vector):
+                    dots_ref[self.batch, self.n, which, self.tokens] = vector
+
+                def finish(self, result, target_ref, place):
+                    """Copy [C, K] to the output, through shared memory."""
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_s.at[place][...] = result.astype(dtype)
+                    plgpu.commit_smem()
+                    target = target_ref.at[self.batch, self.tokens, self.n]
+                    plgpu.copy_smem_to_gmem(out_s.at[place], target)
+
+            def fetch_part(item, part):
+                features, barrier = pl.ds(part * TILE, TILE), part_ready.at[part]
+
+                def get(source, target):
+                    plgpu.copy_gmem_to_smem(source, target.at[part], barrier)
+
+                get(d_out_ref.at[item.batch, item.tokens, item.n, features], d_out_s)
+                get(values_ref.at[item.batch, item.tokens, item.n, features], values_s)
+                get(states_ref.at[(*item.place, features)], states_s)
+                get(d_states_ref.at[(*item.place, features)], d_states_s)
+                if delta:
+                    get(d_v_ref.at[item.batch, item.tokens, item.n, features], d_v_s)
+
+            def fetch_tokens(item):
+                for ref, target in ((q_ref, q_s), (k_ref, k_s)):
+                    source = ref.at[item.batch, item.tokens, item.head]
+                    plgpu.copy_gmem_to_smem(source, target, tokens_ready)
 
             def rows(source):
                 return plgpu.load(source, layout=MATRIX).astype(jnp.float32)
 
-            def gate(which, columns):
-                return down(gates_ref.at[batch, n, chunk, which], columns)
-
-            def finish(result, target, place):
-                """Copy [C, K or V] to the output, through shared memory."""
-                out_s.at[place][...] = result.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s.at[place], target)
-                plgpu.wait_smem_to_gmem(0)
-
-            def put_dot(which, vector):
-                dots_ref[batch, n, which, tokens] = vector
+            def over_parts(products, between=None):
+                """products(part) for each, and its tiles freed once those are done."""
+                for part in range(parts):
+                    plgpu.barrier_wait(part_ready.at[part])
+                    issued = products(part)
+                    if between is not None:
+                        between(part)
+                    if part:
+                        plgpu.wgmma_wait(issued)
+                        plgpu.barrier_arrive(part_free.at[part - 1])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(part_free.at[parts - 1])
 
             @pl.when(me == 0)
             def queries():
-                def over_parts(read, shown):
-                    overlap = None
-                    for part in range(parts):
-                        plgpu.barrier_wait(part_ready.at[part])
-                        plgpu.wgmma(read, d_out_s.at[part], states_s.at[part])
-                        plgpu.wgmma(shown, d_out_s.at[part], values_s.at[part].T)
-                        one = jnp.sum(rows(states_s.at[part]) * rows(d_states_s.at[part]), axis=1)
-                        overlap = one if overlap is None else overlap + one
-                    return read[...], shown[...], overlap
+                if delta:
+                    plgpu.set_max_registers(152, action="decrease")
 
-                read, shown, overlap = pl.run_scoped(
-                    over_parts, plgpu.ACC((CHUNK, K), jnp.float32), plgpu.ACC(SQUARE, jnp.float32)
-                )
-                put_dot(BEFORE, overlap * gates_ref[batch, n, chunk, 0, CHUNK - 1])
-                d_scores = (shown * decay() * scale).astype(dtype)
-                plgpu.barrier_wait(tokens_ready)
+                @pl.loop(0, count)
+                def _(step):
+                    item = Item(step)
 
-                def update(accumulator):
-                    plgpu.wgmma(accumulator, d_scores, k_s)
+                    def products(read, shown):
+                        overlaps = []
 
-                d_q = pl.run_state(update)(plgpu.ACC.init(read * gate(0, K) * scale))
-                put_dot(QUERY, jnp.sum(d_q * rows(q_s), axis=1))
-                finish(d_q, d_q_ref.at[batch, tokens, n], 0)
+                        def issue(part):
+                            plgpu.wgmma(read, d_out_s.at[part], states_s.at[part])
+                            plgpu.wgmma(shown, d_out_s.at[part], values_s.at[part].T)
+                            return 2
+
+                        def overlap(part):
+                            for start in range(0, K, TILE):
+                                both = (x.at[part, :, pl.ds(start, TILE)] for x in
+                                        (states_s, d_states_s))  # fmt: skip
+                                one, other = (rows(x) for x in both)
+                                overlaps.append(jnp.sum(one * other, axis=1))
+
+                        over_parts(issue, overlap)
+                        return read[...], shown[...], sum(overlaps[1:], overlaps[0])
+
+                    read, shown, overlap = pl.run_scoped(
+                        products, plgpu.ACC((CHUNK, K), jnp.float32), plgpu.ACC(SQUARE, jnp.float32)
+                    )
+                    item.put_dot(BEFORE, overlap * gates_ref[(*item.place, 0, CHUNK - 1)])
+                    d_scores = (shown * item.decay() * scale).astype(dtype)
+                    plgpu.barrier_wait(tokens_ready)
+
+                    def update(accumulator):
+                        plgpu.wgmma(accumulator, d_scores, k_s)
+
+                    d_q = pl.run_state(update)(plgpu.ACC.init(read * item.gate(0, K) * scale))
+                    item.put_dot(QUERY, jnp.sum(d_q * rows(q_s), axis=1))
+                    plgpu.barrier_arrive(tokens_free)
+                    item.finish(d_q, d_q_ref, 0)
+
+                plgpu.wait_smem_to_gmem(0)
 
             @pl.when(me == 1)
             def keys():
-                def over_parts(written, shown, *replaced):
-                    for part in range(parts):
-                        plgpu.barrier_wait(part_ready.at[part])
-                        plgpu.wgmma(written, values_s.at[part], d_states_s.at[part])
-                        plgpu.wgmma(shown, values_s.at[part], d_out_s.at[part].T)
-                        if delta:
-                            plgpu.wgmma(replaced[0], d_v_s.at[part], states_s.at[part])
-                    return [x[...] for x in (written, shown, *replaced)]
-
-                wide = plgpu.ACC((CHUNK, K), jnp.float32)
-                written, shown, *replaced = pl.run_scoped(
-                    over_parts, wide, plgpu.ACC(SQUARE, jnp.float32), *[wide] * delta
-                )
-                d_scores = (shown * decay(transposed=True) * scale).astype(dtype)
-                d_k = written * gate(1, K)
-                plgpu.barrier_wait(tokens_ready)
-                put_dot(AFTER, jnp.sum(d_k * rows(k_s), axis=1))
                 if delta:
-                    taken = replaced[0] * gate(0, K)
-                    put_dot(FROM_STATE, -jnp.sum(taken * rows(k_s), axis=1))
-                    d_k = d_k - taken
-                    plgpu.barrier_wait(both_ready)
+                    plgpu.set_max_registers(232, action="increase")
 
-                def update(accumulator):
-                    plgpu.wgmma(accumulator, d_scores, q_s)
+                @pl.loop(0, count)
+                def _(step):
+                    item = Item(step)
+
+                    def products(written, shown, *replaced):
+                        def issue(part):
+                            plgpu.wgmma(written, values_s.at[part], d_states_s.at[part])
+                            plgpu.wgmma(shown, values_s.at[part], d_out_s.at[part].T)
+                            if delta:
+                                plgpu.wgmma(replaced[0], d_v_s.at[part], states_s.at[part])
+                            return 2 + delta
+
+                        over_parts(issue)
+                        return [x[...] for x in (written, shown, *replaced)]
+
+                    wide = plgpu.ACC((CHUNK, K), jnp.float32)
+                    written, shown, *replaced = pl.run_scoped(
+                        products, wide, plgpu.ACC(SQUARE, jnp.float32), *[wide] * delta
+                    )
+                    d_scores = (shown * item.decay(transposed=True) * scale).astype(dtype)
+                    d_k = written * item.gate(1, K)
+                    plgpu.barrier_wait(tokens_ready)
+                    item.put_dot(AFTER, jnp.sum(d_k * rows(k_s), axis=1))
                     if delta:
-                        plgpu.wgmma(accumulator, both_s, k_s)
+                        taken = replaced[0] * item.gate(0, K)
+                        item.put_dot(FROM_STATE, -jnp.sum(taken * rows(k_s), axis=1))
+                        d_k = d_k - taken
+                        plgpu.barrier_wait(third_ready)
 
-                d_k = pl.run_state(update)(plgpu.ACC.init(d_k))
-                put_dot(KEY, jnp.sum(d_k * rows(k_s), axis=1))
-                finish(d_k, d_k_ref.at[batch, tokens, n], 1)
+                    def update(accumulator):
+                        plgpu.wgmma(accumulator, d_scores, q_s)
+                        if delta:
+                            plgpu.wgmma(accumulator, third_s, k_s)
 
-            def of_inverse():
+                    d_k = pl.run_state(update)(plgpu.ACC.init(d_k))
+                    item.put_dot(KEY, jnp.sum(d_k * rows(k_s), axis=1))
+                    plgpu.barrier_arrive(tokens_free)
+                    item.finish(d_k, d_k_ref, 1)
+
+                plgpu.wait_smem_to_gmem(0)
+
+            def third():
+                if delta:
+                    plgpu.set_max_registers(120, action="decrease")
+                first = Item(0)
+                fetch_tokens(first)
+                for part in range(parts):
+                    fetch_part(first, part)
+
+                @pl.loop(0, count)
+                def _(step):
+                    item, following = Item(step), Item(step + 1)
+
+                    @pl.when(step > 0)
+                    def _():
+                        plgpu.barrier_wait(tokens_free)
+                        fetch_tokens(item)
+
+                    finish = (of_inverse if delta else of_values)(item)
+
+                    @pl.when(step + 1 < count)
+                    def _():
+                        for part in range(parts):
+                            plgpu.barrier_wait(part_free.at[part])
+                            fetch_part(following, part)
+
+                    finish()
+
+                plgpu.wait_smem_to_gmem(0)
+
+            def of_inverse(item):
                 """Gradient of k_i . k_j through the inverse, and d_beta from its diagonal."""
 
-                def over_parts(lower, upper):
-                    for part in range(parts):
-                        plgpu.barrier_wait(part_ready.at[part])
+                def products(lower, upper):
+                    def issue(part):
                         plgpu.wgmma(lower, d_v_s.at[part], values_s.at[part].T)
                         plgpu.wgmma(upper, values_s.at[part], d_v_s.at[part].T)
+                        return 2
+
+                    over_parts(issue)
                     return lower[...], upper[...]
 
                 square = plgpu.ACC(SQUARE, jnp.float32)
-                lower, upper = pl.run_scoped(over_parts, square, square)
-                weight = plgpu.load(
-                    beta_ref.at[batch, n, tokens], layout=plgpu.Layout.WGMMA.reduce(1),
-                    optimized=False,
-                )  # fmt: skip
+                lower, upper = pl.run_scoped(products, square, square)
+                source = beta_ref.at[item.batch, item.n, item.tokens]
+                weight = plgpu.load(source, layout=DOWN, optimized=False)
                 diagonal = jnp.sum(jnp.where(i == j, lower, 0.0), axis=1)
-                last_ref[batch, n, tokens] = diagonal / (weight * weight)
-                lower = -lower * decay(strict=True)
-                upper = -upper * decay(transposed=True, strict=True)
-                both_s[...] = (lower + upper).astype(dtype)
+                last_ref[item.batch, item.n, item.tokens] = diagonal / (weight * weight)
+                lower = -lower * item.decay(strict=True)
+                upper = -upper * item.decay(transposed=True, strict=True)
+                third_s[...] = (lower + upper).astype(dtype)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(both_ready)
-                plgpu.barrier_wait(tokens_ready)
-                put_dot(FROM_CHUNK, jnp.sum(lower * product(k_s, k_s.T), axis=1))
+                plgpu.barrier_arrive(third_ready)
 
-            def of_values():
+                def finish():
+                    plgpu.barrier_wait(tokens_ready)
+                    item.put_dot(FROM_CHUNK, jnp.sum(lower * product(k_s, k_s.T), axis=1))
+                    plgpu.barrier_arrive(tokens_free)
+
+                return finish
+
+            def of_values(item):
+                """Gradient of the values: from the state after the chunk, and from its queries."""
                 plgpu.barrier_wait(tokens_ready)
-                scores = product(k_s, q_s.T) * decay(transposed=True) * scale
+                scores = product(k_s, q_s.T) * item.decay(transposed=True) * scale
                 scores = scores.astype(dtype)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for part in range(parts):
                     plgpu.barrier_wait(part_ready.at[part])
-                    kept = product(k_s, d_states_s.at[part].T, (CHUNK, TILE)) * gate(1, TILE)
+                    kept = product(k_s, d_states_s.at[part].T, (CHUNK, TILE)) * item.gate(1, TILE)
 
                     def update(accumulator, part=part):
                         plgpu.wgmma(accumulator, scores, d_out_s.at[part])
 
                     d_value = pl.run_state(update)(plgpu.ACC.init(kept))
-                    both_s.at[part][...] = d_value.astype(dtype)
+                    plgpu.barrier_arrive(part_free.at[part])
+                    third_s.at[part][...] = d_value.astype(dtype)
+                plgpu.barrier_arrive(tokens_free)
                 plgpu.commit_smem()
                 for part in range(parts):
                     features = pl.ds(part * TILE, TILE)
-                    target = last_ref.at[batch, tokens, n, features]
-                    plgpu.copy_smem_to_gmem(both_s.at[part], target)
-                plgpu.wait_smem_to_gmem(0)
+                    target = last_ref.at[item.batch, item.tokens, item.n, features]
+                    plgpu.copy_smem_to_gmem(third_s.at[part], target)
+                return lambda: None
 
-            pl.when(me == 2)(of_inverse if delta else of_values)
+            pl.when(me == 2)(third)
 
         operand, part = tiles((CHUNK, K), dtype), tiles((parts, CHUNK, TILE), dtype)
         state = tiles((parts, TILE, K), dtype)
@@ -239,7 +331,9 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
             tiles(SQUARE, dtype) if delta else part,
             tiles((2, CHUNK, K), dtype),
             plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=4 + delta, num_barriers=parts),
+            plgpu.Barrier(num_arrivals=3, num_barriers=parts),
             plgpu.Barrier(num_arrivals=1),
             collective_axes="wg",
         )
@@ -256,8 +350,8 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
             jax.ShapeDtypeStruct((B, N, 4 + 2 * delta, T), jnp.float32),
             jax.ShapeDtypeStruct(last.shape, last.dtype),
         ],
-        grid=(B * N, chunks),
-        grid_names=("row", "chunk"),
+        grid=(programs,),
+        grid_names=("program",),
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(

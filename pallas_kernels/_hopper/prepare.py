@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, math, memref, vector
+from jaxlib.mlir.dialects import arith, math, memref, scf, vector
 
 from pallas_kernels._hopper.tiles import (
     ACROSS, CHUNK, SQUARE, across, down, exp_where, matrix_of, places, product, tiles,
@@ -142,6 +142,7 @@ def substitute(lower, beta, inverse):
 
     Thread t has column t % 64 of matrix t // 64, x = e_column, and takes for each row i in turn
     x_i -= sum_j<i L_ij x_j, in four partial sums so that additions need not wait for each other.
+    Half of the warps have columns whose upper half is zero, and begin in the middle.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType()))
@@ -158,19 +159,30 @@ def substitute(lower, beta, inverse):
         thread = arith.remui(thread, at(PAIR * CHUNK))
         matrix, column = arith.divui(thread, at(CHUNK)), arith.remui(thread, at(CHUNK))
         zero, one = arith.constant(f32, 0.0), arith.constant(f32, 1.0)
-        weight = memref.load(beta, [thread])
-        x = []
-        for i in range(CHUNK):
-            here = arith.cmpi(arith.CmpIPredicate.eq, column, at(i))
-            sums = [arith.select(here, one, zero), zero, zero, zero]
-            for start in range(0, i, 4):
-                taken = vector.load(four, lower, [matrix, at(i), at(start)])
-                for j in range(start, min(start + 4, i)):
-                    coefficient = arith.negf(vector.extract(taken, [], [j - start]))
-                    sums[j % 4] = math.fma(coefficient, x[j], sums[j % 4])
-            x.append(arith.addf(arith.addf(sums[0], sums[1]), arith.addf(sums[2], sums[3])))
-        for i in range(CHUNK):  # last, so that no load has to wait for a store
-            scaled = arith.truncf(element, arith.mulf(x[i], weight))
-            memref.store(scaled, inverse, [matrix, at(i), column])
+
+        def solve(first):
+            weight = memref.load(beta, [thread])
+            x = [zero] * first
+            for i in range(first, CHUNK):
+                here = arith.cmpi(arith.CmpIPredicate.eq, column, at(i))
+                sums = [arith.select(here, one, zero), zero, zero, zero]
+                for start in range(first, i, 4):
+                    taken = vector.load(four, lower, [matrix, at(i), at(start)])
+                    for j in range(start, min(start + 4, i)):
+                        coefficient = arith.negf(vector.extract(taken, [], [j - start]))
+                        sums[j % 4] = math.fma(coefficient, x[j], sums[j % 4])
+                x.append(arith.addf(arith.addf(sums[0], sums[1]), arith.addf(sums[2], sums[3])))
+            for i in range(CHUNK):  # last, so that no load has to wait for a store
+                scaled = arith.truncf(element, arith.mulf(x[i], weight))
+                memref.store(scaled, inverse, [matrix, at(i), column])
+            scf.yield_([])
+
+        middle = CHUNK // 2
+        left = arith.cmpi(arith.CmpIPredicate.ult, column, at(middle))
+        branch = scf.IfOp(left, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            solve(0)
+        with ir.InsertionPoint(branch.else_block):
+            solve(middle)
 
     run(lower, beta, inverse)

@@ -10,7 +10,8 @@ import pytest
 def make_model():
     """make_model(kind, **fields of ModelConfig) -> Model with weights that make distinct choices.
 
-    Kinds: "full", "window" (5 tokens) and "mixed", all with grouped queries.
+    Kinds: "full", "window" (5 tokens) and "mixed", all with grouped queries, and "hybrid", of a
+    recurrent layer and a full one.
     """
     from flax import nnx
 
@@ -19,7 +20,12 @@ def make_model():
     from efficient_lm.model.definition import define
 
     window, full = layer(window=5), layer()
-    patterns = {"full": (full,), "window": (window,), "mixed": (window, full)}
+    patterns = {
+        "full": (full,),
+        "window": (window,),
+        "mixed": (window, full),
+        "hybrid": (layer("gated_deltanet"), full),
+    }
 
     def make(kind, **fields):
         defaults = {"vocabulary_size": 256, "max_length": 64}
@@ -35,6 +41,8 @@ def make_model():
 
         def draw(leaf):  # in NumPy: compiling the initializers would take seconds
             scale = 0.3 * rng.standard_normal(leaf.shape) if len(leaf.shape) > 1 else 1.0
+            if leaf.axes == ("heads",):
+                scale = -2.0  # of decays: half is kept for 40 tokens
             return jnp.asarray(np.broadcast_to(scale, leaf.shape), jnp.float32)
 
         is_leaf = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
@@ -46,4 +54,4 @@ def make_model():
 @pytest.fixture(scope="session")
 def models(make_model):
     """{kind: Model}; their compiled programs serve all tests of the session."""
-    return {kind: make_model(kind) for kind in ("full", "window", "mixed")}
+    return {kind: make_model(kind) for kind in ("full", "window", "mixed", "hybrid")}

@@ -29,7 +29,7 @@ def argmax_continuation(model, prompt, count):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["full", "window", "mixed"])
+@pytest.mark.parametrize("kind", ["full", "window", "mixed", "hybrid"])
 def test_greedy_generation_is_the_argmax_of_the_parallel_form(models, kind):
     # Long enough for the ring of the window to go round several times.
     result = Generator(models[kind], TOKENIZER, PROMPTS[:2], max_new_tokens=20, temperature=0).run()
@@ -39,17 +39,18 @@ def test_greedy_generation_is_the_argmax_of_the_parallel_form(models, kind):
     assert len(set(result.tokens[0].tolist())) > 3  # not one token for ever
 
 
-def test_a_row_does_not_depend_on_the_others_nor_on_where_its_padding_is(models):
+@pytest.mark.parametrize("kind", ["mixed", "hybrid"])
+def test_a_row_does_not_depend_on_the_others_nor_on_where_its_padding_is(models, kind):
     ids = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
-    together = Generator(models["mixed"], TOKENIZER, ids, seed=[3, 4, 5, 6], **OPTIONS).run().tokens
+    together = Generator(models[kind], TOKENIZER, ids, seed=[3, 4, 5, 6], **OPTIONS).run().tokens
     for seed, prompt, tokens in zip((3, 4, 5, 6), ids, together, strict=True):
-        alone = Generator(models["mixed"], TOKENIZER, [prompt], seed=seed, **OPTIONS).run().tokens
+        alone = Generator(models[kind], TOKENIZER, [prompt], seed=seed, **OPTIONS).run().tokens
         np.testing.assert_array_equal(alone[0], tokens)
     longest = max(map(len, ids))
     padded = np.stack([np.pad(row, (longest - len(row), 0)) for row in ids])
     inside = np.stack([np.arange(longest) >= longest - len(row) for row in ids]).astype(int)
     left = Generator(
-        models["mixed"], TOKENIZER, padded, segment_ids=inside, seed=[3, 4, 5, 6], **OPTIONS
+        models[kind], TOKENIZER, padded, segment_ids=inside, seed=[3, 4, 5, 6], **OPTIONS
     ).run()
     for a, b in zip(left.tokens, together, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -35,7 +35,9 @@ def combine(dots, chunks):
     if count > FROM_STATE:
         local = local + 2.0 * (dots[FROM_STATE] + dots[FROM_CHUNK])
     total = jnp.sum(dots[BEFORE] + dots[AFTER], axis=-1, keepdims=True)
-    return (jnp.cumsum(local[..., ::-1], axis=-1)[..., ::-1] + total).reshape(B, N, T)
+    later = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    from_end = jnp.einsum("bncs,st->bnct", local, later, precision="highest")
+    return (from_end + total).reshape(B, N, T)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -58,13 +60,16 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
     def kernel(*refs):
         refs = iter(refs)
         inputs = [next(refs) for _ in range(8)]
-        q_ref, k_ref, values_ref, d_out_ref, states_ref, d_states_ref, summed_ref, gates_ref = inputs
+        q_ref, k_ref, values_ref, d_out_ref, states_ref, d_states_ref, summed_ref, gates_ref = (
+            inputs
+        )
         d_v_ref, beta_ref = (next(refs) if delta else None for _ in range(2))
         documents_ref = next(refs) if documents is not None else None
         d_q_ref, d_k_ref, dots_ref, last_ref = (next(refs) for _ in range(4))
 
         def body(
-            q_s, k_s, values_s, d_out_s, states_s, d_states_s, d_v_s, third_s, out_s,
+            q_s, k_s, summed_s, gates_s, beta_s, documents_s,
+            values_s, d_out_s, states_s, d_states_s, d_v_s, third_s, out_s,
             tokens_ready, tokens_free, part_ready, part_free, third_ready,
         ):  # fmt: skip
             me, program = lax.axis_index("wg"), lax.axis_index("program")
@@ -84,17 +89,15 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
 
                 def decay(self, transposed=False, strict=False):
                     """exp(G_i - G_j) for j <= i of one document, or its transpose."""
-                    source = summed_ref.at[self.batch, self.n, self.tokens]
-                    difference = down(source) - across(source)
+                    difference = down(summed_s) - across(summed_s)
                     low, high = (j, i) if transposed else (i, j)
                     keep = low > high if strict else low >= high
                     if documents is not None:
-                        index = documents_ref.at[self.batch, self.tokens]
-                        keep = keep & (down(index) == across(index))
+                        keep = keep & (down(documents_s) == across(documents_s))
                     return exp_where(keep, -difference if transposed else difference)
 
                 def gate(self, which, columns):
-                    return down(gates_ref.at[(*self.place, which)], columns)
+                    return down(gates_s.at[which], columns)
 
                 def put_dot(self, which, vector):
                     dots_ref[self.batch, self.n, which, self.tokens] = vector
@@ -121,9 +124,17 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
                     get(d_v_ref.at[item.batch, item.tokens, item.n, features], d_v_s)
 
             def fetch_tokens(item):
-                for ref, target in ((q_ref, q_s), (k_ref, k_s)):
-                    source = ref.at[item.batch, item.tokens, item.head]
+                def get(source, target):
                     plgpu.copy_gmem_to_smem(source, target, tokens_ready)
+
+                get(q_ref.at[item.batch, item.tokens, item.head], q_s)
+                get(k_ref.at[item.batch, item.tokens, item.head], k_s)
+                get(summed_ref.at[item.batch, item.n, item.tokens], summed_s)
+                get(gates_ref.at[item.place], gates_s)
+                if delta:
+                    get(beta_ref.at[item.batch, item.n, item.tokens], beta_s)
+                if documents is not None:
+                    get(documents_ref.at[item.batch, item.tokens], documents_s)
 
             def rows(source):
                 return plgpu.load(source, layout=MATRIX).astype(jnp.float32)
@@ -171,9 +182,9 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
                     read, shown, overlap = pl.run_scoped(
                         products, plgpu.ACC((CHUNK, K), jnp.float32), plgpu.ACC(SQUARE, jnp.float32)
                     )
-                    item.put_dot(BEFORE, overlap * gates_ref[(*item.place, 0, CHUNK - 1)])
-                    d_scores = (shown * item.decay() * scale).astype(dtype)
                     plgpu.barrier_wait(tokens_ready)
+                    item.put_dot(BEFORE, overlap * gates_s[0, CHUNK - 1])
+                    d_scores = (shown * item.decay() * scale).astype(dtype)
 
                     def update(accumulator):
                         plgpu.wgmma(accumulator, d_scores, k_s)
@@ -209,9 +220,9 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
                     written, shown, *replaced = pl.run_scoped(
                         products, wide, plgpu.ACC(SQUARE, jnp.float32), *[wide] * delta
                     )
+                    plgpu.barrier_wait(tokens_ready)
                     d_scores = (shown * item.decay(transposed=True) * scale).astype(dtype)
                     d_k = written * item.gate(1, K)
-                    plgpu.barrier_wait(tokens_ready)
                     item.put_dot(AFTER, jnp.sum(d_k * rows(k_s), axis=1))
                     if delta:
                         taken = replaced[0] * item.gate(0, K)
@@ -274,8 +285,8 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
 
                 square = plgpu.ACC(SQUARE, jnp.float32)
                 lower, upper = pl.run_scoped(products, square, square)
-                source = beta_ref.at[item.batch, item.n, item.tokens]
-                weight = plgpu.load(source, layout=DOWN, optimized=False)
+                plgpu.barrier_wait(tokens_ready)
+                weight = plgpu.load(beta_s, layout=DOWN, optimized=False)
                 diagonal = jnp.sum(jnp.where(i == j, lower, 0.0), axis=1)
                 last_ref[item.batch, item.n, item.tokens] = diagonal / (weight * weight)
                 lower = -lower * item.decay(strict=True)
@@ -285,7 +296,6 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
                 plgpu.barrier_arrive(third_ready)
 
                 def finish():
-                    plgpu.barrier_wait(tokens_ready)
                     item.put_dot(FROM_CHUNK, jnp.sum(lower * product(k_s, k_s.T), axis=1))
                     plgpu.barrier_arrive(tokens_free)
 
@@ -318,11 +328,15 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
             pl.when(me == 2)(third)
 
         operand, part = tiles((CHUNK, K), dtype), tiles((parts, CHUNK, TILE), dtype)
-        state = tiles((parts, TILE, K), dtype)
+        state, vector = tiles((parts, TILE, K), dtype), plgpu.SMEM((CHUNK,), jnp.float32)
         pl.run_scoped(
             body,
             operand,
             operand,
+            vector,
+            plgpu.SMEM((2, CHUNK), jnp.float32),
+            vector if delta else None,
+            plgpu.SMEM((CHUNK,), jnp.int32) if documents is not None else None,
             part,
             part,
             state,
@@ -330,7 +344,7 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
             part if delta else None,
             tiles(SQUARE, dtype) if delta else part,
             tiles((2, CHUNK, K), dtype),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=4 + delta + (documents is not None)),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=4 + delta, num_barriers=parts),
             plgpu.Barrier(num_arrivals=3, num_barriers=parts),

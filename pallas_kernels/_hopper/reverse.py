@@ -84,14 +84,16 @@ def reverse(q, k, d_out, gates, scores, inverse, d_final, *, scale, warpgroups):
                     before = across(gates_s.at[slot, 0], TILE)
                     whole = gates_s[slot, 0, CHUNK - 1]
                     low = d_state.astype(dtype)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    d_states_s[me] = low
-                    to_query = (d_out_t.astype(jnp.float32) * before * scale).astype(dtype)
+
+                    def put_state():
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        d_states_s[me] = low
 
                     def products(stored, shown, out):
                         """Gradient of the values that the chunk's queries and its end have read."""
                         plgpu.wgmma(stored, low, k_s.at[slot].T)
                         plgpu.wgmma(shown, d_out_t, scores_s.at[slot])
+                        put_state()  # while the products run
                         after = across(gates_s.at[slot, 1], TILE)
                         written = (stored[...] * after + shown[...]).astype(dtype)
                         plgpu.wgmma(out, written, inverse_s.at[slot])
@@ -99,20 +101,22 @@ def reverse(q, k, d_out, gates, scores, inverse, d_final, *, scale, warpgroups):
 
                     if delta:
                         d_v = pl.run_scoped(products, *[plgpu.ACC((TILE, CHUNK), jnp.float32)] * 3)
-                        d_v_s.at[me].T[...] = d_v.astype(dtype)
                         to_key = (-d_v * before).astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        d_states_s.at[me], d_states_ref.at[batch, n, i, features]
-                    )
-                    if delta:
-                        target = d_v_ref.at[batch, tokens, n, features]
-                        plgpu.copy_smem_to_gmem(d_v_s.at[me], target)
+                    to_query = (d_out_t.astype(jnp.float32) * before * scale).astype(dtype)
 
                     def update(accumulator):
                         plgpu.wgmma(accumulator, to_query, q_s.at[slot])
                         if delta:
                             plgpu.wgmma(accumulator, to_key, k_s.at[slot])
+                            d_v_s.at[me].T[...] = d_v.astype(dtype)
+                        else:
+                            put_state()
+                        plgpu.commit_smem()
+                        target = d_states_ref.at[batch, n, i, features]
+                        plgpu.copy_smem_to_gmem(d_states_s.at[me], target)
+                        if delta:
+                            target = d_v_ref.at[batch, tokens, n, features]
+                            plgpu.copy_smem_to_gmem(d_v_s.at[me], target)
 
                     d_state = pl.run_state(update)(plgpu.ACC.init(d_state * whole))
                     plgpu.barrier_arrive(empty.at[slot])

@@ -97,47 +97,9 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
                     whole = gates_s[slot, 0, CHUNK - 1]
                     low = state.astype(dtype)
 
-                    def products(accumulators):
-                        """What the state gives to queries, and the values to be written."""
-                        read, value = None, v_t
-                        if delta:
-                            plgpu.wgmma(accumulators["stored"], low, k_s.at[slot].T)
+                    def put(out):
+                        """Copy the output, and the state where asked for, while products run."""
                         if not states:
-                            plgpu.wgmma(accumulators["read"], low, q_s.at[slot].T)
-                        if delta:
-                            stored = plgpu.wgmma_accumulator_load(
-                                accumulators["stored"], wait_n=0 if states else 1
-                            )
-                            error = (v_t - before * stored).astype(dtype)
-                            plgpu.wgmma(accumulators["value"], error, inverse_s.at[slot].T)
-                            value = accumulators["value"][...]
-                        if not states:
-                            read = accumulators["read"][...]
-                        return [x for x in (value, read) if x is not None]
-
-                    names = ["stored", "value"] * delta + ["read"] * (not states)
-                    if states:  # while the products run
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        states_s[me] = low
-                    value, *read = [v_t]
-                    if names:
-                        value, *read = pl.run_scoped(
-                            lambda *given: products(dict(zip(names, given, strict=True))),
-                            *[plgpu.ACC((TILE, CHUNK), jnp.float32)] * len(names),
-                        )
-                    low_value, kept = value.astype(dtype), (value * after).astype(dtype)
-
-                    def update(accumulators):
-                        if not states:
-                            o_acc, state_acc = accumulators
-                            plgpu.wgmma(o_acc, low_value, scores_s.at[slot].T)
-                        else:
-                            (state_acc,) = accumulators
-                        plgpu.wgmma(state_acc, kept, k_s.at[slot])
-                        if states:
-                            out = low_value if delta else None
-                        else:
-                            out = plgpu.wgmma_accumulator_load(o_acc, wait_n=1).astype(dtype)
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         if out is not None:
                             out_s.at[me].T[...] = out
@@ -149,10 +111,51 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
                             target = states_ref.at[batch, n, i, features]
                             plgpu.copy_smem_to_gmem(states_s.at[me], target)
 
-                    start = [plgpu.ACC.init(state * whole)]
-                    if not states:
-                        start.insert(0, plgpu.ACC.init(read[0] * before * scale))
-                    state = pl.run_state(update)(start)[-1]
+                    def products(read=None, stored=None, written=None):
+                        if delta:
+                            plgpu.wgmma(stored, low, k_s.at[slot].T)
+                        if not states:
+                            plgpu.wgmma(read, low, q_s.at[slot].T)
+                        else:  # while the product runs
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                            states_s[me] = low
+                        value = v_t
+                        if delta:
+                            old = plgpu.wgmma_accumulator_load(stored, wait_n=int(not states))
+                            error = (v_t - before * old).astype(dtype)
+                            plgpu.wgmma(written, error, inverse_s.at[slot].T)
+                            value = written[...]
+                        low_value, kept = value.astype(dtype), (value * after).astype(dtype)
+
+                        def update(state_acc):
+                            if states:
+                                plgpu.wgmma(state_acc, kept, k_s.at[slot])
+                                put(low_value if delta else None)
+                            elif delta:
+
+                                def show(o_acc):
+                                    plgpu.wgmma(o_acc, low_value, scores_s.at[slot].T)
+                                    plgpu.wgmma(state_acc, kept, k_s.at[slot])
+                                    put(plgpu.wgmma_accumulator_load(o_acc, wait_n=1).astype(dtype))
+
+                                pl.run_state(show)(plgpu.ACC.init(read[...] * before * scale))
+                            else:  # the new state does not wait for what is read from the old one
+                                plgpu.wgmma(state_acc, kept, k_s.at[slot])
+                                old = plgpu.wgmma_accumulator_load(read, wait_n=1)
+
+                                def show(o_acc):
+                                    plgpu.wgmma(o_acc, low_value, scores_s.at[slot].T)
+
+                                put(pl.run_state(show)(
+                                    plgpu.ACC.init(old * before * scale)
+                                ).astype(dtype))  # fmt: skip
+
+                        return pl.run_state(update)(plgpu.ACC.init(state * whole))
+
+                    square = plgpu.ACC((TILE, CHUNK), jnp.float32)
+                    scoped = {"read": square} if not states else {}
+                    scoped |= {"stored": square, "written": square} if delta else {}
+                    state = pl.run_scoped(products, **scoped) if scoped else products()
                     plgpu.barrier_arrive(empty.at[slot])
                     return state
 

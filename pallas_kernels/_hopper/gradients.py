@@ -13,8 +13,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._hopper.tiles import (
-    CHUNK, DOWN, MATRIX, SQUARE, TILE, across, down, exp_where, places, product, tiles,
-)  # fmt: skip
+    CHUNK,
+    DOWN,
+    MATRIX,
+    SQUARE,
+    TILE,
+    across,
+    down,
+    exp_where,
+    places,
+    product,
+    tiles,
+)
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200; each program takes chunk after chunk
 
@@ -25,9 +35,9 @@ QUERY, KEY, BEFORE, AFTER, FROM_STATE, FROM_CHUNK = range(6)
 def combine(dots, chunks):
     """Gradient of the log decay [B, N, T] from the vectors of `gradients`.
 
-    The decays between two tokens of a chunk are exp(G_i - G_j); G_i takes q_i dq_i - k_i dk_i + 2 s_i
-    (s_i: what the delta rule takes from the state), and the state after the chunk, which falls with
-    every decay of it, its product with its gradient. A sum from the end makes g of G.
+    The decay between two tokens of a chunk is exp(G_i - G_j), so G_i gets q_i dq_i - k_i dk_i, and
+    2 s_i where the delta rule takes s_i from the state. All decays of the chunk get the product of
+    the state after it with its gradient. A sum from the end makes the gradient of g of that of G.
     """
     B, N, count, T = dots.shape
     dots = jnp.moveaxis(dots.reshape(B, N, count, chunks, -1), 2, 0)
@@ -44,9 +54,9 @@ def combine(dots, chunks):
 def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, documents, *, scale):
     """(d_q, d_k [B, T, N, K], d_v or d_beta, dots fp32 [B, N, 4 or 6, T]) of every chunk.
 
-    values [B, T, N, V]: what was written into the state. d_v, beta: with the delta rule alone, which
-    gives d_beta fp32 [B, N, T]; without it the result has d_v instead. states, d_states [B, N, T/64,
-    V, K] before and after each chunk; summed, gates from `prepare`.
+    values [B, T, N, V]: what was written into the state. d_v, beta: with the delta rule alone,
+    which gives d_beta fp32 [B, N, T]; without it the result has d_v instead. states, d_states
+    [B, N, T/64, V, K] before and after each chunk; summed, gates from `prepare`.
     """
     B, T, H, K = q.shape
     N, V = values.shape[2:]

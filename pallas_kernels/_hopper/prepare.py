@@ -16,8 +16,17 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, memref, scf, vector
 
 from pallas_kernels._hopper.tiles import (
-    ACROSS, CHUNK, SQUARE, across, down, exp_where, matrix_of, places, product, tiles,
-)  # fmt: skip
+    ACROSS,
+    CHUNK,
+    SQUARE,
+    across,
+    down,
+    exp_where,
+    matrix_of,
+    places,
+    product,
+    tiles,
+)
 
 PAIR = 2  # chunks of a program: 128 threads, 64 columns each
 PADDED = CHUNK + 8  # floats of a row in shared memory; rows 8 banks apart do not collide
@@ -30,7 +39,8 @@ def prepare(q, k, g, beta, documents, *, scale):
     q, k [B, T, H, K]; g, beta fp32 [B, N, T]; documents int32 [B, T]. Without beta there is no
     inverse, without documents there is one. T is a multiple of 128.
     summed: log decay G from the start of each chunk. gates: exp(G_i), 0 where i is of another
-    document than the token before the chunk; exp(G_64 - G_j), 0 where j is of another than the last.
+    document than the token before the chunk; exp(G_64 - G_j), 0 where j is of another than the
+    last.
     scores_ij = scale (q_i . k_j) exp(G_i - G_j) for j <= i of one document;
     inverse = (I + L)^-1 diag(beta), L_ij = beta_i (k_i . k_j) exp(G_i - G_j) for j < i likewise.
     """

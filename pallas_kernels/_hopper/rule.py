@@ -93,7 +93,7 @@ def padded(x, length: int):
 
 
 def arranged(q, k, v, g, beta, initial_state, documents):
-    """Whole pairs of chunks; gates as [B, N, T]; transposed states; a beta that can be divided by."""
+    """Whole pairs of chunks; gates as [B, N, T]; transposed states; a beta to divide by."""
     length = -(-q.shape[1] // (PAIR * CHUNK)) * PAIR * CHUNK
     if documents is not None:
         documents = jnp.pad(documents, ((0, 0), (0, length - documents.shape[1])), mode="edge")

@@ -1,0 +1,67 @@
+"""The Hopper kernels, as far as a host without a GPU can tell: they lower, and are chosen."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels
+from pallas_kernels._hopper.support import VERSION
+from pallas_kernels.gated_delta_rule import explain as explain_delta
+from pallas_kernels.gated_linear_attention import explain as explain_linear
+
+needs_mosaic = pytest.mark.skipif(VERSION < (0, 11), reason="Mosaic GPU of JAX 0.11 or later")
+
+
+def on_hopper():
+    """Code traced inside is for an H200."""
+    device = jax.sharding.AbstractDevice("NVIDIA H200", None, "cuda")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def shapes(heads=2, value_heads=2, features=128, values=128, dtype=jnp.bfloat16, length=200):
+    """q, k, v, g and beta."""
+    key = jax.ShapeDtypeStruct((2, length, heads, features), dtype)
+    value = jax.ShapeDtypeStruct((2, length, value_heads, values), dtype)
+    gate = jax.ShapeDtypeStruct((2, length, value_heads), jnp.float32)
+    return key, key, value, gate, gate
+
+
+@needs_mosaic
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("op", ["gated_linear_attention", "gated_delta_rule"])
+def test_forward_and_backward_lower(op, packed):
+    q, k, v, g, beta = shapes(heads=1)
+    arguments = (q, k, v, g, beta) if op == "gated_delta_rule" else (q, k, v, g)
+    segments = jax.ShapeDtypeStruct((2, 200), jnp.int32) if packed else None
+
+    def loss(arguments, segments):
+        o, state = getattr(pallas_kernels, op)(
+            *arguments, segment_ids=segments, output_final_state=True, implementation="mosaic_gpu"
+        )
+        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
+
+    with on_hopper():
+        traced = jax.jit(jax.grad(loss)).trace(arguments, segments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # prepare, scan, reverse and gradients: nothing needs the output of the forward pass.
+    assert text.count("custom_call @mosaic_gpu") == 4
+
+
+@needs_mosaic
+def test_hopper_takes_them_by_itself_and_says_why_not():
+    with on_hopper():
+        assert explain_delta(*shapes()).name == "mosaic_gpu"
+        assert explain_linear(*shapes()[:4]).name == "mosaic_gpu"
+        assert explain_linear(*shapes(value_heads=6, values=64)[:4]).name == "mosaic_gpu"
+        single = explain_delta(*shapes(length=1))
+        assert single.name == "ref" and "more than 8 tokens" in single.passed_over["mosaic_gpu"]
+        wide = explain_delta(*shapes(features=256))
+        assert wide.name == "xla" and "64 or 128 key features" in wide.passed_over["mosaic_gpu"]
+        full = explain_delta(*shapes(dtype=jnp.float32))
+        assert full.name == "xla" and "bfloat16" in full.passed_over["mosaic_gpu"]
+        q, k, v, _, beta = shapes()
+        vector = jax.ShapeDtypeStruct(v.shape, jnp.float32)
+        with pytest.raises(ValueError, match="no decay, or one a head; can run here: xla, ref"):
+            explain_delta(q, k, v, vector, beta, implementation="mosaic_gpu")

@@ -199,7 +199,8 @@ class Family:
 
     def text_alone(self, given: dict[str, Any]) -> dict[str, Any]:
         """config.json of the text model in a model for more than text."""
-        shared = {name: value for name, value in given.items() if name in IGNORED_FIELDS}
+        kept = IGNORED_FIELDS | {"quantization_config"}
+        shared = {name: value for name, value in given.items() if name in kept}
         text = shared | given["text_config"]
         tied = [fields.get("tie_word_embeddings", False) for fields in (given, text)]
         text |= {"architectures": [self.architecture], "model_type": self.model_type}

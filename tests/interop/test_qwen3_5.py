@@ -131,6 +131,14 @@ def test_the_text_model_of_a_whole_checkpoint_is_read(whole, tmp_path):
     assert {n: v for n, v in written.items() if n in expected} == expected
 
 
+def test_a_quantised_whole_checkpoint_is_refused(whole):
+    config = json.loads((whole / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (whole / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"quantization_config=.*fp8.* is not supported"):
+        hugging_face.read_model(whole)
+
+
 def test_a_missing_tensor_of_a_whole_checkpoint_is_named_as_there(whole):
     tensors = safetensors.numpy.load_file(whole / SINGLE_FILE)
     name = "model.language_model.layers.3.self_attn.q_proj.weight"

@@ -14,6 +14,9 @@ MIXERS = {
     "attention": "efficient_lm.mixers.attention:Attention",
     "gated_deltanet": "efficient_lm.mixers.gated_deltanet:GatedDeltaNet",
     "two_mamba": "efficient_lm.mixers.two_mamba:TwoMamba",
+    "kda": "efficient_lm.mixers.kda:KimiDeltaAttention",
+    "linear_attention": "efficient_lm.mixers.linear_attention:LinearAttention",
+    "mamba2": "efficient_lm.mixers.mamba2:Mamba2",
 }
 FEED_FORWARDS = {
     "dense": "efficient_lm.ffn.dense:Dense",

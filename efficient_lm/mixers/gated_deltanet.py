@@ -70,13 +70,12 @@ class GatedDeltaNet(nnx.Module):
                            "gate": "heads", "beta": "heads", "step": "heads"}  # fmt: skip
     core_reads = ("query", "key", "value", "beta", "step")
     has_ring = False
+    gate_activation = staticmethod(jax.nn.silu)
 
     def __init__(self, model: ModelConfig, options: GatedDeltaNetOptions, rngs: nnx.Rngs):
         self.options = options
         self.epsilon = model.norm_epsilon
         heads, key_heads, key_dim, value_dim = self.sizes = options.sizes(model)
-        if not options.decay:
-            self.core_reads = tuple(name for name in self.core_reads if name != "step")
         embed, each_head = {"embed": model.embed_dim}, {"heads": heads}
         keys = {"key_value_heads": key_heads, "head_dim": key_dim}
         values = each_head | {"head_dim": value_dim}
@@ -91,17 +90,26 @@ class GatedDeltaNet(nnx.Module):
         self.query_convolution, self.key_convolution = convolution(keys), convolution(keys)
         self.value_convolution = convolution(values)
         self.beta = projection(each_head)
-        if options.decay:
-            self.step = projection(each_head)
-            self.step_bias = recurrent.step_bias(rngs, each_head)
-            # Above 0, of which the logarithm would have no end.
-            self.log_rate = recurrent.log_rate(rngs, each_head, 0.01, 16.0)
-        if options.gate:
-            self.gate = projection(values)
+        self.make_gates(model, rngs)
         self.norm = constant(1.0, {"head_dim": value_dim})
         self.out = matrix(
             rngs, model, values | embed, inputs=list(values), outputs=["embed"], residual=True
         )
+
+    def make_gates(self, model: ModelConfig, rngs: nnx.Rngs) -> None:
+        """The parameters of the decay and of the output's gate."""
+        heads, _, _, value_dim = self.sizes
+        embed, each_head = {"embed": model.embed_dim}, {"heads": heads}
+        if self.options.decay:
+            self.step = matrix(rngs, model, embed | each_head, inputs=["embed"], outputs=["heads"])
+            self.step_bias = recurrent.step_bias(rngs, each_head)
+            # Above 0, of which the logarithm would have no end.
+            self.log_rate = recurrent.log_rate(rngs, each_head, 0.01, 16.0)
+        else:
+            self.core_reads = tuple(name for name in self.core_reads if name != "step")
+        if self.options.gate:
+            values = each_head | {"head_dim": value_dim}
+            self.gate = matrix(rngs, model, embed | values, inputs=["embed"], outputs=list(values))
 
     def project(
         self, x: Float[Array, "B T D"], context: Context, names: Collection[str] | None = None
@@ -122,54 +130,38 @@ class GatedDeltaNet(nnx.Module):
         self, projected: dict[str, Array], context: Context, state: Any = None
     ) -> tuple[Float[Array, "B T N V"], Any, dict]:
         """Convolutions over time, keys of norm 1, then the gated delta rule of each head."""
-        segments, new = context.segment_ids, None if state is None else {}
-
-        def convolved(name):
-            y, kept = short_convolution.short_convolution(
-                projected[name],
-                getattr(self, f"{name}_convolution")[...],
-                activation=jax.nn.silu,
-                segment_ids=segments,
-                state=None if state is None else state[name],
-                fresh=context.fresh,
-            )
-            if state is not None:
-                new[name] = kept
-            return y
-
-        query, key = recurrent.unit_norm(convolved("query")), recurrent.unit_norm(convolved("key"))
-        value = convolved("value")
+        (query, key, value), new = recurrent.convolve(
+            self, ("query", "key", "value"), projected, context, state
+        )
         beta = jax.nn.sigmoid(projected["beta"].astype(jnp.float32))
-        log_decay = None
-        if self.options.decay:
-            # In fp32 also where a checkpoint stores them in bf16.
-            bias, log_rate = cast(self.step_bias, jnp.float32), cast(self.log_rate, jnp.float32)
-            step = projected["step"].astype(jnp.float32) + bias[None, None]
-            log_decay = -jnp.exp(log_rate)[None, None] * jax.nn.softplus(step)
-        memory = None
-        if state is not None:
-            memory, new["segment"] = recurrent.memory_for(state, segments)
+        memory, segment = recurrent.memory_for(state, context.segment_ids)
         mixed, memory = pallas_kernels.gated_delta_rule(
-            query,
-            key,
+            recurrent.unit_norm(query),
+            recurrent.unit_norm(key),
             value,
-            log_decay,
+            self.log_decay(projected["step"]) if self.options.decay else None,
             2.0 * beta if self.options.negative_eigenvalues else beta,
             initial_state=memory,
             output_final_state=state is not None,
-            segment_ids=segments,
+            segment_ids=context.segment_ids,
             implementation=self.options.implementation,
         )
-        if state is not None:
-            new["memory"] = memory
-        return mixed, new, {}
+        new |= {"memory": memory, "segment": segment}
+        return mixed, None if state is None else new, {}
+
+    def log_decay(self, step: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
+        """-A softplus(step + bias) of each head, in fp32."""
+        # In fp32 also where a checkpoint stores them in bf16.
+        bias, log_rate = cast(self.step_bias, jnp.float32), cast(self.log_rate, jnp.float32)
+        step = step.astype(jnp.float32) + bias[None, None]
+        return -jnp.exp(log_rate)[None, None] * jax.nn.softplus(step)
 
     def output(
         self, mixed: Float[Array, "B T N V"], projected: dict[str, Array], context: Context
     ) -> Float[Array, "B T D"]:
         """Per token: RMSNorm of each head, gate, then the output matrix."""
         mixed = recurrent.gated_norm(
-            mixed, self.norm[...], projected.get("gate"), jax.nn.silu, self.epsilon
+            mixed, self.norm[...], projected.get("gate"), self.gate_activation, self.epsilon
         )
         # Letters in the order of the axes, as in `attention`.
         y = jnp.einsum("bthk,hkd->btd", mixed, cast(self.out, mixed.dtype))

@@ -1,6 +1,6 @@
 """What recurrent mixers share: projections, the parameters of a decay, norms, and their memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from efficient_lm.mixers.short_convolution import short_convolution
 from efficient_lm.model.context import Context
 from efficient_lm.model.parameter import cast, parameter
 
@@ -46,6 +47,33 @@ def step_bias(rngs: nnx.Rngs, sizes: dict[str, int]) -> nnx.Param:
     shape = tuple(sizes.values())
     step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, low, high))
     return parameter(step + jnp.log(-jnp.expm1(-step)), tuple(sizes))
+
+
+def convolve(
+    mixer: nnx.Module,
+    names: Sequence[str],
+    projected: Mapping[str, Array],
+    context: Context,
+    state: Mapping[str, Any] | None,
+) -> tuple[list[Array], dict[str, Any]]:
+    """SiLU of the short convolutions of these entries, and the new state of each by name.
+
+    `mixer` has their weights as NAME_convolution, and may have biases as NAME_convolution_bias.
+    """
+    convolved, new = [], {}
+    for name in names:
+        bias = getattr(mixer, f"{name}_convolution_bias", None)
+        y, new[name] = short_convolution(
+            projected[name],
+            getattr(mixer, f"{name}_convolution")[...],
+            bias=None if bias is None else bias[...],
+            activation=jax.nn.silu,
+            segment_ids=context.segment_ids,
+            state=None if state is None else state[name],
+            fresh=context.fresh,
+        )
+        convolved.append(y)
+    return convolved, new
 
 
 @jax.checkpoint  # which keeps x for the backward pass, and nothing in fp32
@@ -91,12 +119,14 @@ def init_memory(*shape: int) -> dict[str, Array]:
 
 
 def memory_for(
-    state: Mapping[str, Any], segment_ids: Int[Array, "B T"] | None
-) -> tuple[Float[Array, "B N K V"], Int[Array, "B"]]:
+    state: Mapping[str, Any] | None, segment_ids: Int[Array, "B T"] | None
+) -> tuple[Float[Array, "B N K V"] | None, Int[Array, "B"] | None]:
     """(the memory that the first document of each row starts from, the segment of its last token).
 
     It is that of the state where the document goes on, else zeros; padding goes on with it.
     """
+    if state is None:
+        return None, None
     segment = state["segment"]
     if segment_ids is None:
         segment_ids = jnp.ones((len(segment), 1), jnp.int32)

@@ -5,7 +5,7 @@ import math
 from jax.sharding import Mesh
 
 from efficient_lm import registry
-from efficient_lm.config import Config, layer_pattern
+from efficient_lm.config import Config, layer_options, layer_pattern
 from efficient_lm.errors import ConfigError
 from efficient_lm.model.definition import ModelDefinition
 from efficient_lm.parallel.rules import ROWS, TOKENS
@@ -27,6 +27,12 @@ def check_mesh(config: Config, definition: ModelDefinition, mesh: Mesh) -> None:
             )
         if at_once is not None and at_once != heads:
             make_schedule(heads, key_value_heads, tensor=tensor, devices=devices, at_once=at_once)
+    for part, options, _ in layer_options(config.model):
+        if at_once is not None and getattr(options, "joins_heads", False):
+            raise ConfigError(
+                f"the mixer {part.mixer!r} with these options normalises over all heads, of which "
+                f"config.parallel.heads_at_once={at_once} gives it some; set it to None"
+            )
     if mesh.shape["ring"] > 1:
         for part in layer_pattern(config.model):
             if not registry.mixer(part.mixer).has_ring:

@@ -34,7 +34,8 @@ def make_mix(mesh: Mesh, config: ParallelConfig) -> Callable:
     `core` reads the entries `core_reads`, and no parameter with an "embed" axis; all parts read
     the number of heads from arrays; parameters along ("embed",) alone are added to the output;
     with `has_ring`, its core goes along the mesh axis `context.split.ring`.
-    `config.heads_at_once` query heads are exchanged at a time.
+    `config.heads_at_once` query heads are exchanged at a time, unless the mixer's options have
+    `joins_heads`, which says that its `output` needs all of them.
     """
     exchange = Exchange(mesh)
 

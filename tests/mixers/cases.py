@@ -52,4 +52,42 @@ CASES = {
         "exponential": {"num_heads": 4, "score": "exponential", "decay": "step"},
         "linear": {"num_heads": 1, "score": "linear"},
     },
+    "kda": {
+        "shared_keys": {
+            "num_value_heads": 4,
+            "num_key_heads": 2,
+            "key_dim": 4,
+            "value_dim": 6,
+            "rank": 3,
+        },
+    },
+    "mamba2": {
+        "one_group": {"head_dim": 8, "state_dim": 6},
+        "groups": {"head_dim": 8, "state_dim": 6, "num_groups": 2, "convolution_width": 2},
+    },
+    "linear_attention": {
+        "elu_vector_decay": {
+            "num_heads": 2,
+            "value_dim": 6,
+            "decay": "vector",
+            "decay_rank": 3,
+            "gate": "silu",
+            "convolution_width": 3,
+        },
+        "retention": {
+            "num_heads": 2,
+            "feature_map": "identity",
+            "decay": "retention",
+            "normalize": "rms",
+            "gate": "silu",
+            "rope": {"fraction": 1.0},
+        },
+        "performer": {
+            "num_heads": 2,
+            "feature_map": "performer",
+            "num_features": 12,
+            "decay": "scalar",
+        },
+        "hedgehog": {"num_heads": 2, "feature_map": "hedgehog"},
+    },
 }

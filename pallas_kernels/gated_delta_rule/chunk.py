@@ -15,7 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._core.recurrence import Documents
 
 BLOCK = 16  # tokens for which exponents of decays are taken pair by pair
 
@@ -80,6 +82,24 @@ def advance(state, parts: Parts, v, beta, dtype):
     written = dot(parts.inverse, error, "nn", dtype)
     o = dot(parts.read, state, "nn", dtype) + dot(parts.scores, written, "nn", dtype)
     return parts.keep * state + dot(parts.write, written, "tn", dtype), o
+
+
+def without_padding(g, beta, documents: Documents | None):
+    """g and beta that change no state at padding: 0."""
+    if documents is None:
+        return g, beta
+    real = documents.real[:, :, None]
+    if g is not None:
+        g = jnp.where(real.reshape(*real.shape[:2], *[1] * (g.ndim - 2)), g, 0.0)
+    return g, jnp.where(real, beta, 0.0)
+
+
+def documents_started(index: Int[Array, "B T"], size: int) -> Float[Array, "B n C"]:
+    """How many documents started since the token before the chunk of `size` tokens, as fp32."""
+    B, T = index.shape
+    index = jnp.pad(index, ((0, 0), (0, -T % size)), mode="edge").reshape(B, -1, size)
+    before = jnp.pad(index[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+    return (index - before).astype(jnp.float32)
 
 
 def as_column(row: Float[Array, "1 C"]) -> Float[Array, "C 1"]:
@@ -204,3 +224,9 @@ def _block_products_backward(inputs, d_products):
 
 
 block_products.defvjp(_block_products_forward, _block_products_backward)
+
+
+def of_block(x, j: int):
+    """For each row of x, row j of its block of BLOCK rows."""
+    blocks = x.reshape(-1, BLOCK, x.shape[1])
+    return jnp.broadcast_to(blocks[:, j : j + 1], blocks.shape).reshape(x.shape)

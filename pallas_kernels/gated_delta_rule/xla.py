@@ -56,16 +56,12 @@ def split(q, k, v, g, beta, documents: Documents | None, chunk_size: int) -> Chu
     (B, T, H), N = q.shape[:3], v.shape[2]
     C = min(chunk_size, -(-T // chunk.BLOCK) * chunk.BLOCK)
     n = -(-T // C)
-    if documents is not None:
-        real = documents.real[:, :, None]
-        beta = jnp.where(real, beta, 0.0)
-        if g is not None:
-            g = jnp.where(real.reshape(B, T, *[1] * (g.ndim - 2)), g, 0.0)
+    g, beta = chunk.without_padding(g, beta, documents)
 
-    def cut(x, heads, mode="constant"):  # [B, T, heads, ...] -> [n, B, *heads, C, ...]
+    def cut(x, heads):  # [B, T, heads, ...] -> [n, B, *heads, C, ...]
         pad = [(0, 0)] * x.ndim
         pad[1] = (0, n * C - T)
-        x = jnp.pad(x, pad, mode=mode).reshape(B, n, C, *heads, *x.shape[3:])
+        x = jnp.pad(x, pad).reshape(B, n, C, *heads, *x.shape[3:])
         return jnp.moveaxis(x, (1, 2), (0, 2 + len(heads)))
 
     q, k = (cut(x, (H,)) for x in (q, k))
@@ -74,12 +70,10 @@ def split(q, k, v, g, beta, documents: Documents | None, chunk_size: int) -> Chu
         scalar = g.ndim == 3
         g = jnp.cumsum(cut(g, (H, N // H)), axis=4)
         g = g[..., None, :] if scalar else g
-    index = None
+    started = None
     if documents is not None:
-        index = cut(documents.index, (), "edge")  # [n, B, C]
-        before = jnp.concatenate([jnp.zeros_like(index[:1, :, :1]), index[:-1, :, -1:]])
-        index = (index - before).astype(jnp.float32)[:, :, None]
-    return Chunks(q, k, v, g, beta[..., None, :], index)
+        started = chunk.documents_started(documents.index, C).swapaxes(0, 1)[:, :, None]
+    return Chunks(q, k, v, g, beta[..., None, :], started)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -38,10 +38,13 @@ class Parts(NamedTuple):
     keep: Float[Array, "k 1"]
 
 
-def prepare(q, k, G, beta, documents, *, scale: float, dtype, invert: Callable) -> Parts:
+def prepare(
+    q, k, G, beta, documents, *, scale: float, dtype, invert: Callable, within: Callable
+) -> Parts:
     """The parts of a chunk, from q, k [C, K], G None, [1, C] or [C, K], beta, documents [1, C].
 
-    dtype: of the operands of large products. invert: fp32 L [C, C] -> (I + L)^-1.
+    dtype: of the operands of large products. invert: fp32 L [C, C] -> (I + L)^-1. within: see
+    `vector_products`.
     """
     C = q.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
@@ -63,7 +66,7 @@ def prepare(q, k, G, beta, documents, *, scale: float, dtype, invert: Callable) 
         q_k, k_k = q_k * between, k_k * between
         end, G = last_of(G), as_column(G)
     else:
-        q_k, k_k = (jnp.where(causal, x, 0.0) for x in vector_products(q, k, G, dtype))
+        q_k, k_k = (jnp.where(causal, x, 0.0) for x in vector_products(q, k, G, dtype, within))
         end = G[C - 1 :]
     keep = masked_exp(end, through)
     if keep.shape[1] > 1:
@@ -174,53 +177,72 @@ def _inverse_backward(invert, inverse, d_inverse):
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def vector_products(q, k, G, dtype):
-    """sum_d q_id k_jd exp(G_id - G_jd) for j <= i, and the same of k and k; no exponent is > 0."""
+def vector_products(q, k, G, dtype, within: Callable):
+    """sum_d q_id k_jd exp(G_id - G_jd) for j <= i, and the same of k and k; no exponent is > 0.
+
+    within: `block_products`, or another function that gives the same.
+    """
     C = q.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     token = lax.broadcasted_iota(jnp.int32, (C, 1), 0)
     products = []
-    for left in (q, k):
+    for left, inner in zip((q, k), within(q, k, G), strict=True):
         rows = [jnp.zeros((BLOCK, C), jnp.float32)]
         for start in range(BLOCK, C, BLOCK):
             block = slice(start, start + BLOCK)
             before = masked_exp(G[start : start + 1] - G, token < start) * k
             after = jnp.exp(G[block] - G[start : start + 1]) * left[block]
             rows.append(dot(after, before, "nt", dtype))
-        within = jnp.tile(block_products(left, k, G), (1, C // BLOCK))
-        products.append(jnp.where(row // BLOCK == column // BLOCK, within, jnp.concatenate(rows)))
+        self = jnp.sum(left * k, axis=1, keepdims=True)
+        products.append(jnp.concatenate(rows) + inner + jnp.where(row == column, self, 0.0))
     return tuple(products)
 
 
 @jax.custom_vjp
-def block_products(left, k, G):
-    """[C, BLOCK]: sum_d left_id k_jd exp(G_id - G_jd) for the tokens j <= i of the block of i."""
-    left, k, decays = _pairs(left, k, G)
-    return jnp.sum(left * k * decays, axis=3).reshape(-1, BLOCK)
+def block_products(q, k, G):
+    """`vector_products` for j < i in one block of BLOCK tokens, 0 elsewhere: pair by pair."""
+    decays = _decays(G)
+    return tuple(
+        _from_blocks(jnp.sum(_blocks(left)[:, :, None] * _blocks(k)[:, None] * decays, axis=3))
+        for left in (q, k)
+    )
 
 
-def _pairs(left, k, G):
-    """left [b, i, 1, K], k [b, 1, j, K] and decays [b, i, j, K] of the pairs in all blocks b."""
-    left, k, G = (x.reshape(-1, BLOCK, x.shape[1]) for x in (left, k, G))
-    later = lax.broadcasted_iota(jnp.int32, (1, BLOCK, BLOCK, 1), 1)
-    token = lax.broadcasted_iota(jnp.int32, (1, BLOCK, BLOCK, 1), 2)
-    decays = masked_exp(G[:, :, None] - G[:, None], token <= later)
-    return left[:, :, None], k[:, None], decays
+def _blocks(x):
+    """[b, BLOCK, K]"""
+    return x.reshape(-1, BLOCK, x.shape[1])
 
 
-def _block_products_forward(left, k, G):
-    return block_products(left, k, G), (left, k, G)
+def _decays(G):
+    """exp(G_i - G_j) [b, i, j, K] of the pairs j < i of all blocks b."""
+    later, token = (lax.broadcasted_iota(jnp.int32, (1, BLOCK, BLOCK, 1), axis) for axis in (1, 2))
+    return masked_exp(_blocks(G)[:, :, None] - _blocks(G)[:, None], token < later)
+
+
+def _from_blocks(x):
+    """[b, BLOCK, BLOCK] as the diagonal blocks of a matrix [C, C]."""
+    count = len(x)
+    own = jnp.eye(count, dtype=x.dtype)[:, None, :, None]
+    return (x[:, :, None] * own).reshape(count * BLOCK, count * BLOCK)
+
+
+def _block_products_forward(q, k, G):
+    return block_products(q, k, G), (q, k, G)
 
 
 def _block_products_backward(inputs, d_products):
-    """The exponentials again; a pair of a token with itself has no gradient in G."""
-    left, k, decays = _pairs(*inputs)
-    weights = d_products.reshape(-1, BLOCK, BLOCK)[..., None] * decays
-    d_left, d_k = jnp.sum(weights * k, axis=2), jnp.sum(weights * left, axis=1)
-    diagonal = jnp.diagonal(d_products.reshape(-1, BLOCK, BLOCK), axis1=1, axis2=2)[..., None]
-    left, k = left[:, :, 0], k[:, 0]
-    d_G = left * (d_left - diagonal * k) - k * (d_k - diagonal * left)
-    return tuple(x.reshape(inputs[0].shape) for x in (d_left, d_k, d_G))
+    """Decays again. The gradient in G is left d_left - right d_right (arXiv 2312.06635, 4.2)."""
+    q, k, G = inputs
+    decays, count = _decays(G), len(_blocks(G))
+    d_lefts, d_right = [], 0.0
+    for left, d_product in zip((q, k), d_products, strict=True):
+        d_blocks = d_product.reshape(count, BLOCK, count, BLOCK)
+        d_blocks = jnp.moveaxis(jnp.diagonal(d_blocks, axis1=0, axis2=2), 2, 0)
+        weights = d_blocks[..., None] * decays
+        d_lefts.append(jnp.sum(weights * _blocks(k)[:, None], axis=2).reshape(q.shape))
+        d_right += jnp.sum(weights * _blocks(left)[:, :, None], axis=1).reshape(q.shape)
+    d_q, d_left = d_lefts
+    return d_q, d_left + d_right, q * d_q + k * d_left - k * d_right
 
 
 block_products.defvjp(_block_products_forward, _block_products_backward)

@@ -149,6 +149,7 @@ def advance(sizes: Sizes, tokens: dict, states: list, documents) -> tuple[list, 
             scale=sizes.scale,
             dtype=jnp.dtype(sizes.dtype),
             invert=invert,
+            within=block_products,
         )
         state, o = chunk.advance(
             states[head], parts, tokens["v"][head], tokens["beta"][head], jnp.dtype(sizes.dtype)
@@ -177,3 +178,52 @@ def invert(lower):
         inverse = inverse - chunk.dot(inverse, product, "nn", jnp.float32)
         block *= 2
     return inverse
+
+
+@jax.custom_vjp
+def block_products(q, k, G):
+    """As `chunk.block_products`, by one column of all blocks after the other."""
+    q_k = k_k = jnp.zeros((q.shape[0], q.shape[0]), jnp.float32)
+    for j in range(chunk.BLOCK - 1):
+        weighted = _decay_from(G, j) * chunk.of_block(k, j)
+        place = _column(q.shape[0], j)
+        q_k += jnp.where(place, jnp.sum(q * weighted, axis=1, keepdims=True), 0.0)
+        k_k += jnp.where(place, jnp.sum(k * weighted, axis=1, keepdims=True), 0.0)
+    return q_k, k_k
+
+
+def _decay_from(G, j: int):
+    """exp(G_i - G_j) [C, K] for row j of the block of i, where j < i."""
+    token = lax.broadcasted_iota(jnp.int32, G.shape, 0)
+    return chunk.masked_exp(G - chunk.of_block(G, j), token % chunk.BLOCK > j)
+
+
+def _column(C: int, j: int):
+    """Mask [C, C] of column j of each diagonal block."""
+    row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    return column == row // chunk.BLOCK * chunk.BLOCK + j
+
+
+def _block_products_forward(q, k, G):
+    return block_products(q, k, G), (q, k, G)
+
+
+def _block_products_backward(inputs, d_products):
+    """As in `chunk`, with each column's decays again."""
+    q, k, G = inputs
+    token = lax.broadcasted_iota(jnp.int32, k.shape, 0)
+    d_q, d_left, d_right = (jnp.zeros(k.shape, jnp.float32) for _ in range(3))
+    for j in range(chunk.BLOCK - 1):
+        decay, right, place = _decay_from(G, j), chunk.of_block(k, j), _column(len(k), j)
+        d_q_k, d_k_k = (
+            decay * jnp.sum(jnp.where(place, d, 0.0), axis=1, keepdims=True) for d in d_products
+        )
+        d_q += d_q_k * right
+        d_left += d_k_k * right
+        blocks = (d_q_k * q + d_k_k * k).reshape(-1, chunk.BLOCK, k.shape[1])
+        total = jnp.broadcast_to(jnp.sum(blocks, axis=1, keepdims=True), blocks.shape)
+        d_right += jnp.where(token % chunk.BLOCK == j, total.reshape(k.shape), 0.0)
+    return d_q, d_left + d_right, q * d_q + k * d_left - k * d_right
+
+
+block_products.defvjp(_block_products_forward, _block_products_backward)

@@ -126,7 +126,7 @@ def _parts(q, k, G, beta, documents, scale: float) -> chunk.Parts:
     def prepare(q, k, G, beta, documents):
         return chunk.prepare(
             q.astype(jnp.float32), k.astype(jnp.float32), G, beta, documents,
-            scale=scale, dtype=q.dtype, invert=_invert,
+            scale=scale, dtype=q.dtype, invert=_invert, within=chunk.block_products,
         )  # fmt: skip
 
     for axes in ((None, None, 0, 0, None), (0, 0, 0, 0, None), 0, 0):  # r, H, B, n

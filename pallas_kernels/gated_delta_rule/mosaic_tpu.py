@@ -20,7 +20,7 @@ from pallas_kernels.gated_delta_rule.mosaic_tpu_chunk import (
 
 CHUNK = 64  # tokens
 LANES = 128  # of a vector register; features are padded to multiples
-HEADS = 4  # value heads of a step, whose chains of small operations the compiler interleaves
+STATE = 2**16  # numbers in the states of a step: 4 heads of 128 x 128, to fill the units of a core
 
 
 def gated_delta_rule(
@@ -42,10 +42,11 @@ def gated_delta_rule(
     B, T, H, K = q.shape
     N, V = v.shape[2:]
     g, beta = chunk.without_padding(g, beta, documents)
+    padded_K, padded_V = _round_up(K, LANES), _round_up(V, LANES)
     sizes = Sizes(
-        B, _round_up(T, CHUNK), H, N, _round_up(K, LANES), _round_up(V, LANES), CHUNK,
-        _key_heads(H, N // H), decay_kind(g), documents is not None, q.dtype.name, float(scale),
-        interpret,
+        B, _round_up(T, CHUNK), H, N, padded_K, padded_V, CHUNK,
+        _key_heads(H, N // H * padded_K * padded_V), decay_kind(g), documents is not None,
+        q.dtype.name, float(scale), interpret,
     )  # fmt: skip
 
     def flat(x, features):  # [B, T, heads, features] -> [B, padded T, heads * padded features]
@@ -136,6 +137,6 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _key_heads(H: int, values: int) -> int:
-    """Key heads of a step, each with its `values` value heads: as many as make HEADS of these."""
-    return next(group for group in range(max(1, HEADS // values), 0, -1) if H % group == 0)
+def _key_heads(H: int, state: int) -> int:
+    """Key heads of a step, with `state` numbers in the states of each: as many as make STATE."""
+    return next(group for group in range(max(1, STATE // state), 0, -1) if H % group == 0)

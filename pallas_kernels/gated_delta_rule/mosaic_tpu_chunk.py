@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.gated_delta_rule import chunk
 
 ROWS = ("G", "beta", "documents")  # of the array of numbers a token and value head
+VMEM = 32 * 2**20  # bytes, of at least 64 MiB that chips have
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Sizes:
             out_shape={name: self.shape(*kind) for name, kind in outputs.items()},
             scratch_shapes=[pltpu.VMEM((self.heads, self.K, self.V), jnp.float32)],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary")
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=VMEM,
             ),
             interpret=self.interpret,
         )(inputs)

@@ -14,5 +14,5 @@ CONDITIONS = (
     ),
     Condition("no decay, or one a head", lambda f: f.decay != "vector"),
     Condition("64 or 128 key features", lambda f: f.K in (64, 128)),
-    Condition("64, or a multiple of 128, value features", lambda f: f.V == 64 or f.V % 128 == 0),
+    Condition("64, 128 or 256 value features", lambda f: f.V in (64, 128, 256)),
 )

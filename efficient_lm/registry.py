@@ -13,6 +13,7 @@ from efficient_lm.errors import ConfigError
 MIXERS = {
     "attention": "efficient_lm.mixers.attention:Attention",
     "gated_deltanet": "efficient_lm.mixers.gated_deltanet:GatedDeltaNet",
+    "ttt": "efficient_lm.mixers.ttt:TTT",
     "two_mamba": "efficient_lm.mixers.two_mamba:TwoMamba",
     "kda": "efficient_lm.mixers.kda:KimiDeltaAttention",
     "linear_attention": "efficient_lm.mixers.linear_attention:LinearAttention",

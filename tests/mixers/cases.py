@@ -47,6 +47,27 @@ CASES = {
             "convolution_width": 2,
         },
     },
+    # Muon would raise noise in directions that few tokens leave open: tests of its own have it.
+    "ttt": {
+        "baseline": {
+            "num_heads": 2,
+            "chunk_size": 3,
+            "window": 4,
+            "window_head_dim": 4,
+            "base_rate": 0.1,
+            "orthogonalize": False,
+        },
+        "linear": {
+            "num_heads": 2,
+            "chunk_size": 2,
+            "window": 3,
+            "hidden_dim": 5,
+            "base_rate": 0.1,
+            "update": "last",
+            "weight_norm": False,
+            "orthogonalize": False,
+        },
+    },
     "two_mamba": {
         "square": {"num_heads": 2},
         "exponential": {"num_heads": 4, "score": "exponential", "decay": "step"},

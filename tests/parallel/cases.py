@@ -20,7 +20,12 @@ CASES = {
     "gated_deltanet": {
         "shared_keys": {"num_value_heads": 16, "num_key_heads": 4, "key_dim": 4, "value_dim": 6},
     },
-    "ttt": {"baseline": {"num_heads": 8, "chunk_size": 5, "window": 4, "orthogonalize": False}},
+    "ttt": {
+        "single_layer": {
+            "num_heads": 8, "chunk_size": 5, "window": None, "update": "last", "base_rate": 0.1,
+            "weight_norm": False, "features": "identity", "orthogonalize": False,
+        },
+    },
     # Squares of scores near zero would lose digits that the comparison needs.
     "two_mamba": {"linear": {"num_heads": 8, "score": "linear"}},
     # The specification compiles fastest, and what is asked here are places of heads and parameters.

@@ -27,7 +27,7 @@ CASES = {
         },
     },
     # Squares of scores near zero would lose digits that the comparison needs.
-    "two_mamba": {"linear": {"num_heads": 8, "score": "linear"}},
+    "two_mamba": {"linear": {"num_heads": 8, "score": "linear", "implementation": "ref"}},
     # The specification compiles fastest, and what is asked here are places of heads and parameters.
     "kda": {
         "shared_keys": {

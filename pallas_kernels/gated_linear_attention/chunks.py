@@ -121,16 +121,17 @@ def scaled(x, factor):
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def gate_gradient(later, writes, kept):
-    """Gradient of each token's log decay, from what passes the token, along axis 4.
+def gate_gradient(later, writes, kept, axis: int):
+    """Gradient of each token's log decay, from what passes the token; the tokens are along `axis`.
 
     later: what the pairs give and the reads, of which those at and after the token count. writes:
-    what reaches the state after the chunk, of which those before the token count. kept [M, B, H, R]
-    or with K: from the state before the chunk to that after it.
+    what reaches the state after the chunk, of which those before the token count. kept, without
+    that axis: from the state before the chunk to that after it.
     """
-    after = jax.lax.cumsum(later, axis=4, reverse=True)
-    before = jnp.roll(jax.lax.cumsum(writes, axis=4), 1, axis=4).at[:, :, :, :, 0].set(0.0)
-    return after + before + jnp.expand_dims(kept, 4)
+    after = jax.lax.cumsum(later, axis=axis, reverse=True)
+    first = jax.lax.broadcasted_iota(jnp.int32, writes.shape, axis) == 0
+    before = jnp.where(first, 0.0, jnp.roll(jax.lax.cumsum(writes, axis=axis), 1, axis))
+    return after + before + jnp.expand_dims(kept, axis)
 
 
 def scan_states(first, keep, update, dtype, reverse: bool = False):

@@ -134,7 +134,7 @@ def _backward(scale, size, arguments, cotangents):
         later = jnp.sum(passed, axis=5) - jnp.sum(passed, axis=4) + jnp.sum(reads, axis=5)
         writes = jnp.sum(c.v.astype(jnp.float32) * d_v_state, axis=5)
         kept = jnp.sum(states.astype(jnp.float32) * d_states.astype(jnp.float32), axis=(4, 5))
-        d_g = chunks.gate_gradient(later, writes, c.keep[..., 0, 0] * kept)
+        d_g = chunks.gate_gradient(later, writes, c.keep[..., 0, 0] * kept, axis=4)
         used = chunks.masks(documents, size).gate[:, :, None, None]
         d_g = chunks.join_groups(jnp.where(used, d_g, 0.0), length)
         d_g = jnp.where(g > chunks.FLOOR, d_g, 0.0)

@@ -1,8 +1,7 @@
 """Linear attention in chunks with a decay of each key feature, without any exponent above 0.
 
 The decay between two tokens is split at a token between them: a chunk is halved, and its halves,
-down to BLOCK tokens; pairs across the middle are one product of scaled queries and scaled keys.
-Pairs inside a block are summed feature by feature.
+down to single tokens; pairs across a middle are one product of scaled queries and scaled keys.
 """
 
 import functools
@@ -14,8 +13,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.gated_linear_attention import chunks
 from pallas_kernels.gated_linear_attention.chunks import Masks, Sums, product, scaled
-
-BLOCK = 16  # tokens
 
 
 class Chunked(NamedTuple):
@@ -94,7 +91,7 @@ def _backward(scale, size, arguments, cotangents):
     later = wide_q * (d_q_pairs + d_q_state) - wide_k * d_k_pairs
     writes = wide_k * d_k_state
     kept = jnp.sum(states.astype(jnp.float32) * d_states.astype(jnp.float32), axis=5)
-    d_g = chunks.gate_gradient(later, writes, c.keep[..., 0] * kept)
+    d_g = chunks.gate_gradient(later, writes, c.keep[..., 0] * kept, axis=4)
     d_g = jnp.where(c.mask.gate[..., None], d_g, 0.0)
     d_g = chunks.join_groups(d_g, length)
     return (
@@ -111,17 +108,16 @@ attend.defvjp(_forward, _backward)
 
 
 class Middle(NamedTuple):
-    """Decays across the middles of 2P pieces: keys of the first halves, queries of the second."""
+    """Decays across the middles of P pieces: keys of the first halves, queries of the second."""
 
     keys: Float[Array, "... P h K"]
     queries: Float[Array, "... P h K"]
 
 
 def _middles(sums: Sums):
-    """A `Middle` for each size of halves, from BLOCK tokens up."""
-    length = sums.coarse.shape[-2]
-    half = BLOCK
-    while 2 * half <= length:
+    """A `Middle` for each size of halves, from single tokens up."""
+    half = 1
+    while 2 * half <= sums.coarse.shape[-2]:
         first, second = (Sums(*(_halves(part, half)[at] for part in sums)) for at in (0, 1))
         middle = first[..., -1:, :]
         yield half, Middle(jnp.exp(middle - first), jnp.exp(second - middle))
@@ -134,23 +130,11 @@ def _halves(x, half: int):
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
-def _block_decays(sums: Sums, inclusive: bool):
-    """Decays [..., P, BLOCK, BLOCK, K] between the tokens of a block; only to be summed over."""
-    blocks = Sums(*(part.reshape(*part.shape[:-2], -1, BLOCK, part.shape[-1]) for part in sums))
-    lower = jnp.tril(jnp.ones((BLOCK, BLOCK), bool), 0 if inclusive else -1)
-    lower = lower.reshape((1,) * (blocks.coarse.ndim - 2) + (BLOCK, BLOCK, 1))
-    return chunks.masked_exp(blocks[..., :, None, :] - blocks[..., None, :, :], lower)
-
-
-def _blocks(x):
-    """[..., L, K] to fp32 [..., P, BLOCK, K]."""
-    return x.astype(jnp.float32).reshape(*x.shape[:-2], -1, BLOCK, x.shape[-1])
-
-
 def _scores(q, k, sums: Sums) -> Float[Array, "M B H R L L"]:
     """sum_d q_id k_jd exp(G_id - G_jd) for j <= i, else 0."""
-    queries, keys = _blocks(q)[..., :, None, :], _blocks(k)[..., None, :, :]
-    scores = jnp.sum(queries * keys * _block_decays(sums, inclusive=True), axis=-1)
+    shape = sums.coarse.shape
+    scores = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)
+    scores = jnp.broadcast_to(scores, shape[:-1])[..., None, None]
     for half, decays in _middles(sums):
         across = product(
             "mbhrpik,mbhrpjk->mbhrpij",
@@ -165,12 +149,10 @@ def _scores(q, k, sums: Sums) -> Float[Array, "M B H R L L"]:
 
 def _scores_gradients(q, k, sums: Sums, d_scores):
     """fp32 [M, B, H, R, L, K] gradients of `_scores` in q and k, without those of i = j."""
-    dtype, shape = q.dtype, sums.coarse.shape
-    d_blocks = _diagonal_blocks(d_scores, BLOCK)[..., None] * _block_decays(sums, inclusive=False)
-    d_q = jnp.sum(d_blocks * _blocks(k)[..., None, :, :], axis=-2).reshape(shape)
-    d_k = jnp.sum(d_blocks * _blocks(q)[..., :, None, :], axis=-3).reshape(shape)
+    shape = sums.coarse.shape
+    d_q, d_k = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     for half, decays in _middles(sums):
-        d_across = _diagonal_blocks(d_scores, 2 * half)[..., half:, :half].astype(dtype)
+        d_across = _diagonal_blocks(d_scores, 2 * half)[..., half:, :half].astype(q.dtype)
         keys = scaled(_halves(k, half)[0], decays.keys)
         queries = scaled(_halves(q, half)[1], decays.queries)
         second = decays.queries * product("mbhrpij,mbhrpjk->mbhrpik", d_across, keys)
@@ -183,5 +165,6 @@ def _scores_gradients(q, k, sums: Sums, d_scores):
 
 def _diagonal_blocks(x, size: int):
     """[..., L, L] to its blocks on the diagonal [..., L / size, size, size]."""
-    starts = range(0, x.shape[-1], size)
-    return jnp.stack([x[..., i : i + size, i : i + size] for i in starts], axis=-3)
+    pieces = x.shape[-1] // size
+    x = x.reshape(*x.shape[:-2], pieces, size, pieces, size)
+    return jnp.moveaxis(jnp.diagonal(x, axis1=-4, axis2=-2), -1, -3)

@@ -40,7 +40,7 @@ def test_chunk_form_is_the_recurrence(name):
     assert max(worst.values()) < 1e-5, worst
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_chunk_size_changes_nothing(decay):
     """Chunks of 16 and of 128 tokens, of 100 in two packed documents with padding."""
     case = Case(B=1, T=100, K=4, V=4, decay=decay, initial_state=True)
@@ -115,7 +115,7 @@ def test_packed_documents_are_separate_rows(decay):
 
 def test_bf16_error_is_that_of_its_inputs():
     """Rounding the products' operands costs no more than a few times rounding the arguments."""
-    for decay in ("none", "scalar", "vector"):
+    for decay in ("scalar", "vector"):
         case = Case(B=1, T=256, K=32, V=32, decay=decay, dtype="bfloat16")
         worst = errors(op(case, "ref"), op(case, "xla"), arguments(case))
         assert worst["o"] < 0.004 and max(worst.values()) < 0.012, worst
@@ -159,7 +159,7 @@ def test_decays_of_minus_infinity_forget():
     assert jnp.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_memory_is_linear_in_the_tokens(decay):
     """Forward and backward: twice the tokens, no more than twice the buffers; nothing [T, T]."""
 
@@ -172,9 +172,9 @@ def test_memory_is_linear_in_the_tokens(decay):
         compiled = jax.jit(jax.grad(loss)).lower(shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(4096) < 2.1 * temporary_bytes(2048)
-    inputs = 4 * 4096 * 16 * (2 + 2 * 2)
-    assert temporary_bytes(4096) < (150 if decay == "vector" else 60) * inputs
+    short, long = temporary_bytes(2048), temporary_bytes(4096)
+    inputs = 4 * 4096 * 16 * (2 + 2)  # q, k and v
+    assert long < 2.1 * short and long < 60 * inputs
 
 
 def test_auto_takes_one_step_for_one_token():

@@ -18,18 +18,20 @@ def project(
     x: Float[Array, "B T D"], weights: Mapping[str, nnx.Param], context: Context
 ) -> dict[str, Array]:
     """x times each weight [D, ...], as [B, T, ...]; in one product where that is faster."""
-    arrays = {name: cast(weight, x.dtype) for name, weight in weights.items()}
-    flat = [array.reshape(len(array), -1) for array in arrays.values()]
-    if context.split.features == 1 and x.shape[0] * x.shape[1] >= 2 * x.shape[2]:
-        ends = np.cumsum([weight.shape[1] for weight in flat])
-        products = jnp.split(x @ jnp.concatenate(flat, axis=1), ends[:-1], axis=2)
-    else:
-        products = [x @ weight for weight in flat]
+    groups: dict[tuple[int, ...], list[str]] = {}  # by the sizes of a head
+    for name, weight in weights.items():
+        groups.setdefault(weight[...].shape[2:], []).append(name)
+    if context.split.features > 1 or x.shape[0] * x.shape[1] < 2 * x.shape[2]:
+        # Where heads are split, or weights are more than tokens, joining costs more than it gains.
+        groups = {(name,): [name] for name in weights}
     projected = {}
-    for (name, array), y in zip(arrays.items(), products, strict=True):
-        axes = weights[name].axes[1 - array.ndim :]  # without that of x, and that of layers
-        y = y.reshape(*x.shape[:2], *array.shape[1:])
-        projected[name] = context.shard(y, "batch", "length", *axes)
+    for names in groups.values():
+        arrays = [cast(weights[name], x.dtype) for name in names]
+        product = jnp.tensordot(x, jnp.concatenate(arrays, axis=1), axes=1)
+        ends = np.cumsum([array.shape[1] for array in arrays])
+        for name, y in zip(names, jnp.split(product, ends[:-1], axis=2), strict=True):
+            axes = weights[name].axes[2 - y.ndim :]  # without that of x, and that of layers
+            projected[name] = context.shard(y, "batch", "length", *axes)
     return projected
 
 

@@ -1,5 +1,6 @@
 """Short causal convolution of each feature over time, within packed documents."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -45,43 +46,78 @@ def short_convolution(
     state: from `init_state` or an earlier call; the tokens follow those that it has seen.
     """
     width = weight.shape[-1]
-
-    def weighted_sum(taps, weight, bias):
-        wide = weight.astype(jnp.float32)
-        y = sum(
-            tap.astype(jnp.float32) * wide[None, None, :, :, width - 1 - i]
-            for i, tap in enumerate(taps)
-        )
-        if bias is not None:
-            y = y + bias.astype(jnp.float32)[None, None]
-        return (y if activation is None else activation(y)).astype(x.dtype)
-
-    # Else the products, in fp32 and shifted, would be kept for the backward pass.
-    @jax.checkpoint
-    def parallel(x, weight, bias):
-        return weighted_sum(_slots_before(x, segment_ids, width), weight, bias)
-
     if state is None or width == 1:  # which needs no token before
-        return parallel(x, weight, bias), state
+        return _parallel(x, weight, bias, segment_ids, activation), state
     taps, state = _tokens_before(x, segment_ids, state, width)
-    return parallel(x, weight, bias) if fresh else weighted_sum(taps, weight, bias), state
+    if fresh:
+        return _parallel(x, weight, bias, segment_ids, activation), state
+    y = _weighted_sum(taps, weight, bias)
+    return (y if activation is None else activation(y)).astype(x.dtype), state
 
 
-def _slots_before(x, segment_ids, width):
-    """[x_t, x_(t-1), ...] for each slot of a row; zeros before its start and of other documents."""
+def _weighted_sum(taps, weight, bias):
+    """bias + sum_i weight[..., W - 1 - i] taps[i], in fp32."""
+    y = sum(
+        tap.astype(jnp.float32) * tap_weight
+        for tap, tap_weight in zip(taps, _by_tap(weight), strict=True)
+    )
+    return y if bias is None else y + bias.astype(jnp.float32)[None, None]
 
-    def shifted(y, i):
-        padding = [(i, -i, 0) if axis == 1 else (0, 0, 0) for axis in range(y.ndim)]
+
+def _by_tap(weight):
+    """Weights [1, 1, N, H] in fp32: of the token, of the one before it, ..."""
+    wide = weight.astype(jnp.float32)[None, None]
+    return [wide[..., i] for i in reversed(range(weight.shape[-1]))]
+
+
+def _shifted(x, segment_ids, slots: int):
+    """x of `slots` slots before (after, where negative); zeros for none and for other documents."""
+
+    def shift(y):
+        padding = [(slots, -slots, 0) if axis == 1 else (0, 0, 0) for axis in range(y.ndim)]
         return jax.lax.pad(y, jnp.zeros((), y.dtype), padding)
 
-    taps = [x]
-    for i in range(1, width):
-        tap = shifted(x, i)
-        if segment_ids is not None:
-            same = segment_ids == shifted(segment_ids, i)
-            tap = jnp.where(same[:, :, None, None], tap, jnp.zeros((), x.dtype))
-        taps.append(tap)
-    return taps
+    if slots == 0:
+        return x
+    if segment_ids is None:
+        return shift(x)
+    same = segment_ids == shift(segment_ids)
+    return jnp.where(same[:, :, None, None], shift(x), jnp.zeros((), x.dtype))
+
+
+# Differentiated as it stands, it would keep each shifted product in fp32, and hand their gradients
+# on one by one. So the inputs alone are kept, and what passes between the two passes over them is
+# the gradient of the sum, in the type of x.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _parallel(x, weight, bias, segment_ids, activation):
+    """All tokens at once, each of which sees slots of the row."""
+    taps = [_shifted(x, segment_ids, i) for i in range(weight.shape[-1])]
+    y = _weighted_sum(taps, weight, bias)
+    return (y if activation is None else activation(y)).astype(x.dtype)
+
+
+def _parallel_forward(x, weight, bias, segment_ids, activation):
+    return _parallel(x, weight, bias, segment_ids, activation), (x, weight, bias, segment_ids)
+
+
+def _parallel_backward(activation, inputs, gradient):
+    x, weight, bias, segment_ids = inputs
+    taps = [_shifted(x, segment_ids, i) for i in range(weight.shape[-1])]
+    gradient = gradient.astype(jnp.float32)
+    if activation is not None:
+        _, pull = jax.vjp(activation, _weighted_sum(taps, weight, bias))
+        (gradient,) = pull(gradient)
+    d_weight = [jnp.sum(gradient * tap.astype(jnp.float32), axis=(0, 1)) for tap in reversed(taps)]
+    d_bias = None if bias is None else jnp.sum(gradient, axis=(0, 1)).astype(bias.dtype)
+    gradient = gradient.astype(x.dtype)
+    after = [_shifted(gradient, segment_ids, -i) for i in range(weight.shape[-1])]
+    d_x = _weighted_sum(after, weight, None).astype(x.dtype)
+    return d_x, jnp.stack(d_weight, axis=-1).astype(weight.dtype), d_bias, None
+
+
+_parallel.defvjp(_parallel_forward, _parallel_backward)
 
 
 def _tokens_before(x, segment_ids, state, width):

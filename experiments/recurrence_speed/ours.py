@@ -14,16 +14,18 @@ from experiments.recurrence_speed import shapes
 from pallas_kernels import gated_delta_rule, gated_linear_attention
 from pallas_kernels._core import testing, timing
 
+COMPARED_OPS = ("gated_delta_rule", "scalar_decay")
 COMPARED = 4096  # tokens up to which the reference, token by token, takes seconds
 
 
 def main() -> None:
     """Every row; a failing one becomes a line with its error."""
-    names = json.loads(sys.argv[1])
+    names, only = (json.loads(argument) for argument in sys.argv[1:])
     print(json.dumps({"environment": timing.environment()}), flush=True)
     for shape in shapes.SHAPES:
         for op in shapes.OPS:
             if shape.name in names and op in shape.ops:
+                shape = shape._replace(passes=tuple(x for x in shape.passes if x in only))
                 for row in measure(shape, op):
                     print(json.dumps({"shape": shape.name, "op": op} | row), flush=True)
 
@@ -77,12 +79,14 @@ def measure(shape, op):
         "forward_backward": (both(run), (arguments, cotangent)),
     }
     for name, (function, given) in passes.items():
+        if name not in shape.passes:
+            continue
         try:
             time = timing.measure(function, *given)
             yield {"pass": name, "milliseconds": time.median, "minimum": time.minimum}
         except Exception as error:
             yield {"pass": name, "error": f"{type(error).__name__}: {error}"[:300]}
-    if shape.sizes[1] <= COMPARED:
+    if shape.sizes[1] <= COMPARED and op in COMPARED_OPS and len(shape.passes) == 2:
         reference, _ = functions(op, "ref")
         first = jax.tree.map(lambda x: x[:1], (arguments, cotangent))
         found = both(run)(*first)

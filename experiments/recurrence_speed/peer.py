@@ -12,7 +12,7 @@ from triton.testing import do_bench
 
 def main() -> None:
     """Every row; a failing one becomes a line with its error."""
-    names = json.loads(sys.argv[1])
+    names, only = (json.loads(argument) for argument in sys.argv[1:])
     versions = {
         name: importlib.metadata.version(name)
         for name in ("torch", "triton", "flash-linear-attention")
@@ -21,6 +21,7 @@ def main() -> None:
     for shape in SHAPES:
         for op in OPS:
             if shape.name in names and op in shape.ops:
+                shape = shape._replace(passes=tuple(x for x in shape.passes if x in only))
                 for row in measure(shape, op):
                     print(json.dumps({"shape": shape.name, "op": op} | row), flush=True)
 
@@ -48,6 +49,8 @@ def measure(shape, op):
         yield {"pass": "forward", "milliseconds": forward}
     except Exception as error:
         yield {"pass": "forward", "error": f"{type(error).__name__}: {error}"[:300]}
+        return
+    if "forward_backward" not in shape.passes:
         return
     try:
         leaves = [x.detach().requires_grad_() for x in arguments]

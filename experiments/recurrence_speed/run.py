@@ -1,6 +1,7 @@
 """Time the recurrent ops beside flash-linear-attention's, on one GPU: ours, theirs, ours again.
 
-python experiments/recurrence_speed/run.py --out=FILE. Each side is a process of its own.
+python experiments/recurrence_speed/run.py --out=FILE. Each side is a process of its own; the
+last repeats the forward pass of the first shape, which shows how steady the device is.
 """
 
 import argparse
@@ -10,35 +11,47 @@ import pathlib
 import subprocess
 import sys
 
+from shapes import SHAPES
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the rows of all three processes; those of a failing one are missing, with its error."""
+    """Write the rows of all three processes; a process that fails leaves its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=pathlib.Path)
-    parser.add_argument("--shapes", nargs="+", default=["B8_T4096", "B1_T32768"])
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
     flags = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     report = {"command": "python experiments/recurrence_speed/run.py " + " ".join(given)}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     ours = [sys.executable, "-m", "experiments.recurrence_speed.ours"]
-    sides = {"ours": ours, "fla": [sys.executable, str(HERE / "peer.py")], "ours_again": ours}
-    for side, command in sides.items():
-        done = subprocess.run(
-            [*command, json.dumps(flags.shapes)],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-        )  # fmt: skip
-        lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
-        report[side] = {
-            "environment": next((x["environment"] for x in lines if "environment" in x), None),
-            "rows": [line for line in lines if "environment" not in line],
-        }
-        if done.returncode:
-            report[side]["error"] = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        flags.out.write_text(json.dumps(report, indent=1) + "\n")
+    peer = [sys.executable, str(HERE / "peer.py")]
+    both = ["forward", "forward_backward"]
+    sides = {
+        "ours": (ours, flags.shapes, both),
+        "fla": (peer, flags.shapes, both),
+        "ours_again": (ours, flags.shapes[:1], both[:1]),
+    }
+    for side, (command, shapes, passes) in sides.items():
+        report[side] = {"environment": None, "rows": []}
+        with subprocess.Popen(
+            [*command, json.dumps(shapes), json.dumps(passes)],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            for line in filter(lambda line: line.startswith("{"), process.stdout):
+                row = json.loads(line)
+                if "environment" in row:
+                    report[side] |= row
+                else:
+                    report[side]["rows"].append(row)
+                    print(side, line, end="", flush=True)
+                flags.out.parent.mkdir(parents=True, exist_ok=True)
+                flags.out.write_text(json.dumps(report, indent=1) + "\n")
+        if process.returncode:
+            report[side]["exit_code"] = process.returncode
+            flags.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     return 0
 

@@ -22,7 +22,6 @@ from pallas_kernels._hopper.tiles import (
     across,
     down,
     exp_where,
-    matrix_of,
     places,
     product,
     tiles,
@@ -32,10 +31,11 @@ PAIR = 2  # chunks of a program: 128 threads, 64 columns each
 PADDED = CHUNK + 8  # floats of a row in shared memory; rows 8 banks apart do not collide
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def prepare(q, k, g, beta, documents, *, scale):
+@functools.partial(jax.jit, static_argnames=("scale", "pieces"))
+def prepare(q, k, g, beta, documents, *, scale, pieces=1):
     """(summed [B, N, T], gates [B, N, T/64, 2, 64], scores, inverse [B, N, T/64, 64, 64]).
 
+    pieces: of each row, which are rows of what comes for chunks: there B is B pieces, T T / pieces.
     q, k [B, T, H, K]; g, beta fp32 [B, N, T]; documents int32 [B, T]. Without beta there is no
     inverse, without documents there is one. T is a multiple of 128.
     summed: log decay G from the start of each chunk. gates: exp(G_i), 0 where i is of another
@@ -49,6 +49,7 @@ def prepare(q, k, g, beta, documents, *, scale):
     dtype = q.dtype
     shared = N // H
     delta = beta is not None
+    chunks = T // CHUNK // pieces
 
     def kernel(*refs):
         refs = list(refs)
@@ -66,6 +67,11 @@ def prepare(q, k, g, beta, documents, *, scale):
             batch, n = row // N, lax.rem(row, N)
             head = n // shared
             first = lax.axis_index("pair") * PAIR
+
+            def place(c):
+                """Where a chunk's results go."""
+                return batch * pieces + (first + c) // chunks, n, lax.rem(first + c, chunks)
+
             for c in range(PAIR):
                 tokens = pl.ds((first + c) * CHUNK, CHUNK)
                 plgpu.copy_gmem_to_smem(k_ref.at[batch, tokens, head], k_s.at[c], full)
@@ -94,8 +100,8 @@ def prepare(q, k, g, beta, documents, *, scale):
                     last = jnp.where(start == 0, 0, last)
                     before = jnp.where(own == last, before, 0.0)
                     after = jnp.where(own == documents_ref[batch, start + CHUNK - 1], after, 0.0)
-                gates_ref[batch, n, first + c, 0] = before
-                gates_ref[batch, n, first + c, 1] = after
+                gates_ref[(*place(c), 0)] = before
+                gates_ref[(*place(c), 1)] = after
                 decays.append(exp_where(keep, difference))
             plgpu.barrier_wait(full)
             for c in range(PAIR):
@@ -103,7 +109,7 @@ def prepare(q, k, g, beta, documents, *, scale):
                 scores_s[c] = scores.astype(dtype)
             plgpu.commit_smem()
             for c in range(PAIR):
-                plgpu.copy_smem_to_gmem(scores_s.at[c], scores_ref.at[batch, n, first + c])
+                plgpu.copy_smem_to_gmem(scores_s.at[c], scores_ref.at[place(c)])
             if delta:
                 for c in range(PAIR):
                     weight = down(beta_ref.at[batch, n, pl.ds((first + c) * CHUNK, CHUNK)])
@@ -114,7 +120,7 @@ def prepare(q, k, g, beta, documents, *, scale):
                 substitute(lower_s, beta_ref.at[batch, n, pair], inverse_s)
                 plgpu.commit_smem()
                 for c in range(PAIR):
-                    plgpu.copy_smem_to_gmem(inverse_s.at[c], inverse_ref.at[batch, n, first + c])
+                    plgpu.copy_smem_to_gmem(inverse_s.at[c], inverse_ref.at[place(c)])
             plgpu.wait_smem_to_gmem(0)
 
         operand = tiles((PAIR, CHUNK, K), dtype)
@@ -130,12 +136,12 @@ def prepare(q, k, g, beta, documents, *, scale):
         )
 
     operands = [x for x in (q, k, g, beta, documents) if x is not None]
-    squares = matrix_of(B, N, T, dtype)
+    squares = jax.ShapeDtypeStruct((B * pieces, N, chunks, *SQUARE), dtype)
     summed, gates, scores, *inverse = plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((B, N, T), jnp.float32),
-            jax.ShapeDtypeStruct((B, N, T // CHUNK, 2, CHUNK), jnp.float32),
+            jax.ShapeDtypeStruct((B * pieces, N, chunks, 2, CHUNK), jnp.float32),
             *[squares] * (1 + delta),
         ],
         grid=(B * N, T // (CHUNK * PAIR)),

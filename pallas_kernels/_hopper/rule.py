@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._hopper.gradients import combine, gradients
+from pallas_kernels._hopper.gradients import PROGRAMS, combine, gradients
 from pallas_kernels._hopper.prepare import PAIR, prepare
 from pallas_kernels._hopper.reverse import reverse
 from pallas_kernels._hopper.scan import scan
 from pallas_kernels._hopper.tiles import CHUNK, TILE
 
+MOST_PIECES = 8  # of a row
 SMALLEST = 1e-15  # of beta, by whose square the backward pass divides
 
 
@@ -38,11 +39,16 @@ def forward(q, k, v, g, beta, initial_state, documents, scale):
     tokens = q.shape[1]
     residuals = q, k, v, g, beta, initial_state, documents
     q, k, v, g, beta, state, documents = arranged(*residuals)
-    _, gates, scores, inverse = prepare(q, k, g, beta, documents, scale=scale)
-    o, state = scan(
-        q, k, v, gates, scores, inverse, state,
-        scale=scale, states=False, warpgroups=warpgroups(v),
-    )  # fmt: skip
+    pieces = 1 if beta is not None else pieces_of(v)
+    _, gates, scores, inverse = prepare(q, k, g, beta, documents, scale=scale, pieces=pieces)
+    if pieces > 1:
+        q, k, v = (x.reshape(-1, x.shape[1] // pieces, *x.shape[2:]) for x in (q, k, v))
+        state = starts(k, v, gates, state, scale)
+    many = {"scale": scale, "warpgroups": warpgroups(v)}
+    o, _, _, state = scan(q, k, v, gates, scores, inverse, state, gives="out", **many)
+    if pieces > 1:
+        o = o.reshape(-1, pieces * o.shape[1], *o.shape[2:])
+        state = state[pieces - 1 :: pieces]
     return (o[:, :tokens], jnp.swapaxes(state, 2, 3)), residuals
 
 
@@ -54,7 +60,7 @@ def backward(scale, residuals, cotangents):
     d_final = jnp.swapaxes(d_final, 2, 3)
     many = {"scale": scale, "warpgroups": warpgroups(v)}
     summed, gates, scores, inverse = prepare(q, k, g, beta, documents, scale=scale)
-    states, values, _ = scan(q, k, v, gates, scores, inverse, state, states=True, **many)
+    _, states, values, _ = scan(q, k, v, gates, scores, inverse, state, gives="states", **many)
     d_states, d_v, d_state = reverse(q, k, d_out, gates, scores, inverse, d_final, **many)
     values = v if values is None else values
     d_q, d_k, last, dots = gradients(
@@ -78,6 +84,36 @@ def backward(scale, residuals, cotangents):
 
 
 chunked.defvjp(forward, backward)
+
+
+def pieces_of(v) -> int:
+    """Parts of a row that run side by side, where there are too few heads to fill the device.
+
+    Without the delta rule a state falls by known decays, so what parts add to it can be summed
+    before they run.
+    """
+    B, T, N, V = v.shape
+    pieces = 1
+    while pieces < MOST_PIECES and 2 * pieces * B * N * (V // TILE) <= PROGRAMS:
+        if T % (2 * pieces * PAIR * CHUNK):
+            break
+        pieces *= 2
+    return pieces
+
+
+def starts(k, v, gates, state, scale):
+    """The state before each piece [B pieces, N, V, K], from what the pieces by themselves add."""
+    B = state.shape[0]
+    many = {"scale": scale, "warpgroups": warpgroups(v)}
+    zeros = jnp.zeros((k.shape[0], *state.shape[1:]), jnp.float32)
+    added = scan(None, k, v, gates, None, None, zeros, gives="final", **many)[-1]
+    kept = jnp.prod(gates[:, :, :, 0, -1], axis=2)[:, :, None, None]
+    before = []
+    for piece in range(k.shape[0] // B):
+        before.append(state)
+        state = state * kept.reshape(B, -1, *kept.shape[1:])[:, piece]
+        state = state + added.reshape(B, -1, *added.shape[1:])[:, piece]
+    return jnp.stack(before, axis=1).reshape(zeros.shape)
 
 
 def warpgroups(v) -> int:

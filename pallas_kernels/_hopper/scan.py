@@ -25,26 +25,29 @@ def registers(warpgroups: int, fetches: bool) -> None:
                                 action="decrease" if fetches else "increase")  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "states", "warpgroups"))
-def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpgroups):
-    """(o, final state) or, with `states`, (states, values, final state).
+@functools.partial(jax.jit, static_argnames=("scale", "gives", "warpgroups"))
+def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, gives, warpgroups):
+    """(o, states, values, final state), of which `gives` names one; the final state comes always.
 
     q, k [B, T, H, K], v [B, T, N, V]; gates, scores and inverse from `prepare`, inverse None
-    without the delta rule; initial and final state fp32 [B, N, V, K], transposed. With `states` q
-    and scores are not read; states [B, N, T/64, V, K] are those before each chunk, and values
-    [B, T, N, V] what the delta rule writes (None without it).
+    without the delta rule; initial and final state fp32 [B, N, V, K], transposed.
+    gives: "out" o [B, T, N, V]; "states" those before each chunk, [B, N, T/64, V, K], and the
+    values [B, T, N, V] that the delta rule writes; "final" neither. The others are None, and q and
+    scores are read for "out" alone.
     """
     B, T, H, K = k.shape
     N, V = v.shape[2:]
     chunks, dtype = T // CHUNK, k.dtype
     delta = inverse is not None
+    reads, states = gives == "out", gives == "states"
+    leaves = reads or (states and delta)  # something [B, T, N, V]
     shared = N // H
 
     def kernel(*refs):
         refs = iter(refs)
         k_ref, v_ref, gates_ref, initial_ref = (next(refs) for _ in range(4))
         inverse_ref = next(refs) if delta else None
-        q_ref, scores_ref = (None, None) if states else (next(refs), next(refs))
+        q_ref, scores_ref = (next(refs), next(refs)) if reads else (None, None)
         final_ref = next(refs)
         states_ref = next(refs) if states else None
         out_ref = next(refs, None)  # o, or the values written
@@ -79,7 +82,7 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
                         get(v_ref.at[batch, tokens, n, features], v_s.at[slot, w])
                     if delta:
                         get(inverse_ref.at[batch, n, i], inverse_s.at[slot])
-                    if not states:
+                    if reads:
                         get(q_ref.at[batch, tokens, head], q_s.at[slot])
                         get(scores_ref.at[batch, n, i], scores_s.at[slot])
 
@@ -99,7 +102,7 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
 
                     def put(out):
                         """Copy the output, and the state where asked for, while products run."""
-                        if not states:
+                        if reads:
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         if out is not None:
                             out_s.at[me].T[...] = out
@@ -114,23 +117,24 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
                     def products(read=None, stored=None, written=None):
                         if delta:
                             plgpu.wgmma(stored, low, k_s.at[slot].T)
-                        if not states:
+                        if reads:
                             plgpu.wgmma(read, low, q_s.at[slot].T)
-                        else:  # while the product runs
+                        elif states:  # while the product runs
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                             states_s[me] = low
                         value = v_t
                         if delta:
-                            old = plgpu.wgmma_accumulator_load(stored, wait_n=int(not states))
+                            old = plgpu.wgmma_accumulator_load(stored, wait_n=int(reads))
                             error = (v_t - before * old).astype(dtype)
                             plgpu.wgmma(written, error, inverse_s.at[slot].T)
                             value = written[...]
                         low_value, kept = value.astype(dtype), (value * after).astype(dtype)
 
                         def update(state_acc):
-                            if states:
+                            if not reads:
                                 plgpu.wgmma(state_acc, kept, k_s.at[slot])
-                                put(low_value if delta else None)
+                                if states:
+                                    put(low_value if delta else None)
                             elif delta:
 
                                 def show(o_acc):
@@ -153,7 +157,7 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
                         return pl.run_state(update)(plgpu.ACC.init(state * whole))
 
                     square = plgpu.ACC((TILE, CHUNK), jnp.float32)
-                    scoped = {"read": square} if not states else {}
+                    scoped = {"read": square} if reads else {}
                     scoped |= {"stored": square, "written": square} if delta else {}
                     state = pl.run_scoped(products, **scoped) if scoped else products()
                     plgpu.barrier_arrive(empty.at[slot])
@@ -165,16 +169,16 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
                 final_ref[batch, n, features] = state
                 plgpu.wait_smem_to_gmem(0)
 
-        copies = 2 + warpgroups + delta + 2 * (not states)
+        copies = 2 + warpgroups + delta + 2 * reads
         pl.run_scoped(
             body,
             tiles((STAGES, CHUNK, K), dtype),
             tiles((STAGES, warpgroups, CHUNK, TILE), dtype),
             plgpu.SMEM((STAGES, 2, CHUNK), jnp.float32),
-            None if states else tiles((STAGES, CHUNK, K), dtype),
-            None if states else tiles((STAGES, *SQUARE), dtype),
+            tiles((STAGES, CHUNK, K), dtype) if reads else None,
+            tiles((STAGES, *SQUARE), dtype) if reads else None,
             tiles((STAGES, *SQUARE), dtype) if delta else None,
-            tiles((warpgroups, CHUNK, TILE), dtype) if delta or not states else None,
+            tiles((warpgroups, CHUNK, TILE), dtype) if leaves else None,
             tiles((warpgroups, TILE, K), dtype) if states else None,
             plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),
@@ -185,9 +189,9 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
     out = [jax.ShapeDtypeStruct((B, N, V, K), jnp.float32)]
     if states:
         out += [jax.ShapeDtypeStruct((B, N, chunks, V, K), dtype)]
-    if delta or not states:
+    if leaves:
         out += [values]
-    operands = [k, v, gates, initial_state] + [inverse] * delta + [q, scores] * (not states)
+    operands = [k, v, gates, initial_state] + [inverse] * delta + [q, scores] * reads
     final, *rest = plgpu.kernel(
         kernel,
         out_type=out,
@@ -197,6 +201,7 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, states, warpg
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)
-    if not states:
-        return rest[0], final
-    return rest[0], rest[1] if delta else None, final
+    rest = iter(rest)
+    states = next(rest) if states else None
+    left = next(rest, None)
+    return left if reads else None, states, None if reads else left, final

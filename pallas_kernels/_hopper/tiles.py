@@ -51,8 +51,3 @@ def product(left, right, shape=SQUARE):
 def exp_where(mask, difference):
     """exp(difference) where the mask holds, else 0; nothing overflows where it does not."""
     return jnp.exp(jnp.where(mask, difference, -jnp.inf))
-
-
-def matrix_of(B: int, N: int, T: int, dtype):
-    """Type of an array with a square for each chunk."""
-    return jax.ShapeDtypeStruct((B, N, T // CHUNK, *SQUARE), dtype)

@@ -14,5 +14,5 @@ CONDITIONS = (
     ),
     Condition("no decay, or one a head", lambda f: f.decay != "vector"),
     Condition("64 or 128 key features", lambda f: f.K in (64, 128)),
-    Condition("64, 128 or 256 value features", lambda f: f.V in (64, 128, 256)),
+    Condition("64 or 128 value features", lambda f: f.V in (64, 128)),
 )

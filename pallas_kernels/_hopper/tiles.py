@@ -1,6 +1,5 @@
 """What the Hopper kernels of the recurrent ops have in common: sizes, layouts, vectors."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

@@ -267,6 +267,34 @@ def fsdp_scaling() -> str:
     return table(("devices", "tokens/s", "of one device, each", "peak GB", ""), rows)
 
 
+def recurrences() -> str:
+    """Recurrent ops beside flash-linear-attention's, by shape, op and pass."""
+    rows = []
+    for result in results("experiments/recurrence_speed/results/*.json"):
+        sides = {
+            side: {(x["shape"], x["op"], x["pass"]): x for x in result[side]["rows"]}
+            for side in ("ours", "fla")
+        }
+        for place, ours in sides["ours"].items():
+            shape, op, name = place
+            if name == "errors":
+                continue
+            errors = sides["ours"].get((shape, op, "errors"), {}).get("relative_errors")
+            if errors and name == "forward":
+                errors = errors[:1]
+            time = ours.get("milliseconds")
+            peer = sides["fla"].get(place, {})
+            theirs = peer.get("milliseconds")
+            rows.append((
+                shape, op, name.replace("_", " + "), three_digits(time),
+                short(peer["error"], 40) if "error" in peer else three_digits(theirs),
+                number(theirs / time if theirs and time else None, ".2f", "x"),
+                number(max(errors) if errors else None, ".1e"), source(result),
+            ))  # fmt: skip
+    header = ("shape", "op", "pass", "ours, ms", "fla, ms", "fla / ours", "error", "from")
+    return table(header, rows, left=3)
+
+
 def explanation() -> str:
     """What `explain` says on a CPU."""
     import jax
@@ -289,6 +317,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "long_context": long_context,
     "fsdp_scaling": fsdp_scaling,
+    "recurrences": recurrences,
     "configs": configs,
     "explanation": explanation,
 }

@@ -162,3 +162,34 @@ def test_options_that_do_not_fit_say_so(options, message):
     with pytest.raises(ConfigError, match=message):
         cls(**options).check(MODEL)
     assert dataclasses.is_dataclass(cls)
+
+
+@pytest.mark.parametrize("cls", [GatedDeltaNet, KimiDeltaAttention], ids=["gdn", "kda"])
+def test_a_value_replaces_the_one_before_it_and_a_decay_forgets_all(cls, rng):
+    """Orthogonal keys and full writes make the memory a table: the last value of each key."""
+    options = {"num_value_heads": 1, "key_dim": 4, "value_dim": 6, "convolution_width": 1}
+    mixer = cls(MODEL, cls.Options(**options), nnx.Rngs(0))
+    for name in ("query", "key", "value"):
+        weight = getattr(mixer, f"{name}_convolution")
+        weight[...] = jnp.ones_like(weight[...])
+    keys, queries = np.array([0, 1, 0, 2, 1, 3, 0, 0, 2]), np.array([0, 1, 0, 0, 1, 2, 1, 0, 1])
+    forget = 7  # what this token finds has decayed away
+    values = rng.uniform(1.0, 2.0, (LENGTH, 6))
+    step = jnp.full((1, LENGTH, 1), -50.0).at[:, forget].set(50.0)
+
+    def one_hot(places):  # SiLU leaves zeros as they are, and the norm makes the rest one
+        return jnp.asarray(9.0 * np.eye(4)[places], jnp.float32)[None, :, None]
+
+    mixer.log_rate[...] = jnp.full_like(mixer.log_rate[...], 2.0)
+    projected = {
+        "query": one_hot(queries), "key": one_hot(keys),
+        "value": jnp.asarray(values, jnp.float32)[None, :, None],
+        "beta": jnp.full((1, LENGTH, 1), 50.0),
+        "step": jnp.repeat(step[..., None], 4, axis=-1) if cls is KimiDeltaAttention else step,
+    }  # fmt: skip
+    found, _, _ = mixer.core(projected, CONTEXT)
+    table = np.zeros((4, 6))
+    for t in range(LENGTH):
+        table = table * (t != forget)
+        table[keys[t]] = values[t] * sigmoid(values[t])
+        np.testing.assert_allclose(found[0, t, 0], table[queries[t]] / 2, rtol=1e-4, atol=1e-4)

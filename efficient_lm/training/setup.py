@@ -78,6 +78,12 @@ def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
     _write_config(config, workdir)
     arguments = (config, definition)
     lengths = np.asarray(tokenizer.byte_lengths)
+    train_step = jax.jit(
+        make_train_step(*arguments, optimizer, mesh, lengths),
+        donate_argnums=0,
+        # Else the compiler may leave small parameters in other places than the step takes them.
+        out_shardings=(_shardings(abstract), None),
+    )
     return Run(
         config=config,
         workdir=workdir,
@@ -88,7 +94,7 @@ def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
         checkpointer=checkpointer,
         state=state,
         start=start,
-        train_step=jax.jit(make_train_step(*arguments, optimizer, mesh, lengths), donate_argnums=0),
+        train_step=train_step,
         evaluation_step=jax.jit(make_evaluation_step(*arguments, mesh, lengths)),
     )
 

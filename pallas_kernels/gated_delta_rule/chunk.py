@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._core.recurrence import Documents
 
-BLOCK = 16  # tokens for which exponents of decays are taken pair by pair
+SUBLANES = 8  # rows of a TPU's registers, which reshapes must leave together
 
 
 class Parts(NamedTuple):
@@ -38,45 +38,36 @@ class Parts(NamedTuple):
     keep: Float[Array, "k 1"]
 
 
-def prepare(
-    q, k, G, beta, documents, *, scale: float, dtype, invert: Callable, within: Callable
-) -> Parts:
+def prepare(q, k, G, beta, documents, *, scale: float, dtype, invert: Callable) -> Parts:
     """The parts of a chunk, from q, k [C, K], G None, [1, C] or [C, K], beta, documents [1, C].
 
-    dtype: of the operands of large products. invert: fp32 L [C, C] -> (I + L)^-1. within: see
-    `vector_products`.
+    dtype: of the operands of large products. invert: fp32 L [C, C] -> (I + L)^-1.
+    C is a power of two, and at least 16.
     """
     C = q.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    causal, from_before, to_end = row >= column, None, None
-    through = None
-    if documents is not None:
-        document = as_column(documents)
-        last = last_of(documents)
-        causal &= document == documents
-        from_before, to_end, through = document == 0.0, document == last, last == 0.0
-    if G is None or G.shape[0] == 1:
-        q_k, k_k = dot(q, k, "nt", dtype), dot(k, k, "nt", dtype)
-        if G is None:
-            G = jnp.zeros((1, C), jnp.float32)
-        # Exponents that are 0 have no gradient: it would be a rounding error of the others.
-        between = masked_exp(as_column(G) - G, causal & (row > column)) + jnp.where(
-            row == column, 1.0, 0.0
-        )
-        q_k, k_k = q_k * between, k_k * between
-        end, G = last_of(G), as_column(G)
-    else:
-        q_k, k_k = (jnp.where(causal, x, 0.0) for x in vector_products(q, k, G, dtype, within))
-        end = G[C - 1 :]
-    keep = masked_exp(end, through)
-    if keep.shape[1] > 1:
-        keep = as_column(keep)
-    into = masked_exp(G, from_before)
     is_last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
-    to_end = ~is_last if to_end is None else to_end & ~is_last
+    earlier, from_before, to_end, through = row > column, None, ~is_last, None
+    if documents is not None:
+        document, last = as_column(documents), last_of(documents)
+        earlier &= document == documents
+        from_before, to_end, through = document == 0.0, to_end & (document == last), last == 0.0
+    if G is not None and G.shape[0] == C:
+        q_k, k_k = (jnp.where(earlier, x, 0.0) for x in vector_products(q, k, G, dtype))
+        end = G[C - 1 :]
+        keep = as_column(masked_exp(end, through))
+    else:
+        G = jnp.zeros((1, C), jnp.float32) if G is None else G
+        between = masked_exp(as_column(G) - G, earlier)
+        q_k, k_k = (between * dot(left, k, "nt", dtype) for left in (q, k))
+        end, G = last_of(G), as_column(G)
+        keep = masked_exp(end, through)
+    into = masked_exp(G, from_before)
+    # Exponents that are always 0 are left out: their gradient would be the others' rounding.
     out_of = jnp.where(is_last, 1.0, masked_exp(end - G, to_end))
-    inverse = unit_lower_inverse(as_column(beta) * jnp.where(row > column, k_k, 0.0), invert)
-    return Parts(scale * into * q, into * k, out_of * k, scale * q_k, inverse, keep)
+    self = jnp.where(row == column, jnp.sum(q * k, axis=1, keepdims=True), 0.0)
+    inverse = unit_lower_inverse(as_column(beta) * k_k, invert)
+    return Parts(scale * into * q, into * k, out_of * k, scale * (q_k + self), inverse, keep)
 
 
 def advance(state, parts: Parts, v, beta, dtype):
@@ -177,78 +168,64 @@ def _inverse_backward(invert, inverse, d_inverse):
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def vector_products(q, k, G, dtype, within: Callable):
-    """sum_d q_id k_jd exp(G_id - G_jd) for j <= i, and the same of k and k; no exponent is > 0.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def vector_products(q, k, G, dtype):
+    """sum_d q_id k_jd exp(G_id - G_jd) for j < i, and the same of k and k; 0 elsewhere.
 
-    within: `block_products`, or another function that gives the same.
+    The pairs of neighbouring blocks of 1, 2, 4, ... tokens take exponents from the first token of
+    the later block: none is above 0, however strong the decay, so that none overflows.
     """
-    C = q.shape[0]
+    q_k = k_k = jnp.zeros((len(q), len(q)), jnp.float32)
+    for pairs, decay in _levels(G):
+        right = decay * k
+        q_k += jnp.where(pairs, dot(decay * q, right, "nt", dtype), 0.0)
+        k_k += jnp.where(pairs, dot(right, right, "nt", dtype), 0.0)
+    return q_k, k_k
+
+
+def _levels(G):
+    """For each size of blocks, a mask [C, C] of the pairs, and exp(-|G - reference|) [C, K].
+
+    C is a power of two.
+    """
+    C = len(G)
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    token = lax.broadcasted_iota(jnp.int32, (C, 1), 0)
-    products = []
-    for left, inner in zip((q, k), within(q, k, G), strict=True):
-        rows = [jnp.zeros((BLOCK, C), jnp.float32)]
-        for start in range(BLOCK, C, BLOCK):
-            block = slice(start, start + BLOCK)
-            before = masked_exp(G[start : start + 1] - G, token < start) * k
-            after = jnp.exp(G[block] - G[start : start + 1]) * left[block]
-            rows.append(dot(after, before, "nt", dtype))
-        self = jnp.sum(left * k, axis=1, keepdims=True)
-        products.append(jnp.concatenate(rows) + inner + jnp.where(row == column, self, 0.0))
-    return tuple(products)
+    token = lax.broadcasted_iota(jnp.int32, G.shape, 0)
+    size = 1
+    while size < C:
+        from_reference = G - _first_of_later(G, size)
+        later = token // size % 2 == 1
+        pairs = (row // size % 2 == 1) & (column // size == row // size - 1)
+        yield pairs, jnp.exp(jnp.where(later, from_reference, -from_reference))
+        size *= 2
 
 
-@jax.custom_vjp
-def block_products(q, k, G):
-    """`vector_products` for j < i in one block of BLOCK tokens, 0 elsewhere: pair by pair."""
-    decays = _decays(G)
-    return tuple(
-        _from_blocks(jnp.sum(_blocks(left)[:, :, None] * _blocks(k)[:, None] * decays, axis=3))
-        for left in (q, k)
-    )
+def _first_of_later(G, size: int):
+    """For each row, that with which the later block of `size` of its pair of blocks begins."""
+    span = max(2 * size, SUBLANES)
+    spans = G.reshape(-1, span, G.shape[1])
+    place = lax.broadcasted_iota(jnp.int32, spans.shape, 1)
+    found = jnp.broadcast_to(spans[:, size : size + 1], spans.shape)
+    for start in range(2 * size, span, 2 * size):
+        found = jnp.where(place < start, found, spans[:, start + size : start + size + 1])
+    return found.reshape(G.shape)
 
 
-def _blocks(x):
-    """[b, BLOCK, K]"""
-    return x.reshape(-1, BLOCK, x.shape[1])
+def _vector_products_forward(q, k, G, dtype):
+    return vector_products(q, k, G, dtype), (q, k, G)
 
 
-def _decays(G):
-    """exp(G_i - G_j) [b, i, j, K] of the pairs j < i of all blocks b."""
-    later, token = (lax.broadcasted_iota(jnp.int32, (1, BLOCK, BLOCK, 1), axis) for axis in (1, 2))
-    return masked_exp(_blocks(G)[:, :, None] - _blocks(G)[:, None], token < later)
-
-
-def _from_blocks(x):
-    """[b, BLOCK, BLOCK] as the diagonal blocks of a matrix [C, C]."""
-    count = len(x)
-    own = jnp.eye(count, dtype=x.dtype)[:, None, :, None]
-    return (x[:, :, None] * own).reshape(count * BLOCK, count * BLOCK)
-
-
-def _block_products_forward(q, k, G):
-    return block_products(q, k, G), (q, k, G)
-
-
-def _block_products_backward(inputs, d_products):
-    """Decays again. The gradient in G is left d_left - right d_right (arXiv 2312.06635, 4.2)."""
+def _vector_products_backward(dtype, inputs, d_products):
+    """Decays again. The gradient in G is left d_left - right d_right (arXiv 2312.06635, C)."""
     q, k, G = inputs
-    decays, count = _decays(G), len(_blocks(G))
-    d_lefts, d_right = [], 0.0
-    for left, d_product in zip((q, k), d_products, strict=True):
-        d_blocks = d_product.reshape(count, BLOCK, count, BLOCK)
-        d_blocks = jnp.moveaxis(jnp.diagonal(d_blocks, axis1=0, axis2=2), 2, 0)
-        weights = d_blocks[..., None] * decays
-        d_lefts.append(jnp.sum(weights * _blocks(k)[:, None], axis=2).reshape(q.shape))
-        d_right += jnp.sum(weights * _blocks(left)[:, :, None], axis=1).reshape(q.shape)
-    d_q, d_left = d_lefts
+    d_q, d_left, d_right = (jnp.zeros(k.shape, jnp.float32) for _ in range(3))
+    for pairs, decay in _levels(G):
+        d_q_k, d_k_k = (jnp.where(pairs, d, 0.0) for d in d_products)
+        left, right = decay * q, decay * k
+        d_q += decay * dot(d_q_k, right, "nn", dtype)
+        d_left += decay * dot(d_k_k, right, "nn", dtype)
+        d_right += decay * (dot(d_q_k, left, "tn", dtype) + dot(d_k_k, right, "tn", dtype))
     return d_q, d_left + d_right, q * d_q + k * d_left - k * d_right
 
 
-block_products.defvjp(_block_products_forward, _block_products_backward)
-
-
-def of_block(x, j: int):
-    """For each row of x, row j of its block of BLOCK rows."""
-    blocks = x.reshape(-1, BLOCK, x.shape[1])
-    return jnp.broadcast_to(blocks[:, j : j + 1], blocks.shape).reshape(x.shape)
+vector_products.defvjp(_vector_products_forward, _vector_products_backward)

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.gated_delta_rule import chunk
 
 ROWS = ("G", "beta", "documents")  # of the array of numbers a token and value head
+BLOCK = 16  # rows of the diagonal blocks that are inverted by substitution
 VMEM = 32 * 2**20  # bytes, of at least 64 MiB that chips have
 
 
@@ -151,7 +152,6 @@ def advance(sizes: Sizes, tokens: dict, states: list, documents) -> tuple[list, 
             scale=sizes.scale,
             dtype=jnp.dtype(sizes.dtype),
             invert=invert,
-            within=block_products,
         )
         state, o = chunk.advance(
             states[head], parts, tokens["v"][head], tokens["beta"][head], jnp.dtype(sizes.dtype)
@@ -167,65 +167,18 @@ def invert(lower):
     The blocks are eliminated column by column, all at once; a merge adds -X L X where L has the
     blocks between neighbours. The doubling product would lose all digits for similar keys.
     """
-    C, block = lower.shape[0], chunk.BLOCK
+    C, block = lower.shape[0], BLOCK
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     inverse = jnp.where(row == column, 1.0, 0.0)
     diagonal = jnp.where(row // block == column // block, lower, 0.0)
     for i in range(block - 1):
-        eliminated = jnp.sum(jnp.where(column % block == i, diagonal, 0.0), axis=1, keepdims=True)
-        inverse = inverse - eliminated * chunk.of_block(inverse, i)
+        factors = jnp.sum(jnp.where(column % block == i, diagonal, 0.0), axis=1, keepdims=True)
+        blocks = inverse.reshape(C // block, block, C)
+        rows = jnp.broadcast_to(blocks[:, i : i + 1], blocks.shape).reshape(C, C)
+        inverse = inverse - factors * rows
     while block < C:
         between = (row // block % 2 == 1) & (column // block == row // block - 1)
         product = chunk.dot(jnp.where(between, lower, 0.0), inverse, "nn", jnp.float32)
         inverse = inverse - chunk.dot(inverse, product, "nn", jnp.float32)
         block *= 2
     return inverse
-
-
-@jax.custom_vjp
-def block_products(q, k, G):
-    """As `chunk.block_products`, by one column of all blocks after the other."""
-    q_k = k_k = jnp.zeros((q.shape[0], q.shape[0]), jnp.float32)
-    for j in range(chunk.BLOCK - 1):
-        weighted = _decay_from(G, j) * chunk.of_block(k, j)
-        place = _column(q.shape[0], j)
-        q_k += jnp.where(place, jnp.sum(q * weighted, axis=1, keepdims=True), 0.0)
-        k_k += jnp.where(place, jnp.sum(k * weighted, axis=1, keepdims=True), 0.0)
-    return q_k, k_k
-
-
-def _decay_from(G, j: int):
-    """exp(G_i - G_j) [C, K] for row j of the block of i, where j < i."""
-    token = lax.broadcasted_iota(jnp.int32, G.shape, 0)
-    return chunk.masked_exp(G - chunk.of_block(G, j), token % chunk.BLOCK > j)
-
-
-def _column(C: int, j: int):
-    """Mask [C, C] of column j of each diagonal block."""
-    row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    return column == row // chunk.BLOCK * chunk.BLOCK + j
-
-
-def _block_products_forward(q, k, G):
-    return block_products(q, k, G), (q, k, G)
-
-
-def _block_products_backward(inputs, d_products):
-    """As in `chunk`, with each column's decays again."""
-    q, k, G = inputs
-    token = lax.broadcasted_iota(jnp.int32, k.shape, 0)
-    d_q, d_left, d_right = (jnp.zeros(k.shape, jnp.float32) for _ in range(3))
-    for j in range(chunk.BLOCK - 1):
-        decay, right, place = _decay_from(G, j), chunk.of_block(k, j), _column(len(k), j)
-        d_q_k, d_k_k = (
-            decay * jnp.sum(jnp.where(place, d, 0.0), axis=1, keepdims=True) for d in d_products
-        )
-        d_q += d_q_k * right
-        d_left += d_k_k * right
-        blocks = (d_q_k * q + d_k_k * k).reshape(-1, chunk.BLOCK, k.shape[1])
-        total = jnp.broadcast_to(jnp.sum(blocks, axis=1, keepdims=True), blocks.shape)
-        d_right += jnp.where(token % chunk.BLOCK == j, total.reshape(k.shape), 0.0)
-    return d_q, d_left + d_right, q * d_q + k * d_left - k * d_right
-
-
-block_products.defvjp(_block_products_forward, _block_products_backward)

@@ -40,7 +40,7 @@ def gated_delta_rule(
 
     Memory is linear in T: the backward pass keeps the inputs and computes all else again. bf16
     inputs are multiplied as bf16 with fp32 sums; decays, the triangular inverse and the state are
-    fp32. chunk_size: a multiple of 16.
+    fp32. chunk_size: a power of two, at least 16.
     """
     B, T, H, K = q.shape
     N, V = v.shape[2:]
@@ -54,7 +54,7 @@ def gated_delta_rule(
 def split(q, k, v, g, beta, documents: Documents | None, chunk_size: int) -> Chunks:
     """Padded and cut into chunks; tokens that pad have k = 0, beta = 0, g = 0."""
     (B, T, H), N = q.shape[:3], v.shape[2]
-    C = min(chunk_size, -(-T // chunk.BLOCK) * chunk.BLOCK)
+    C = min(chunk_size, max(16, 2 ** (T - 1).bit_length()))
     n = -(-T // C)
     g, beta = chunk.without_padding(g, beta, documents)
 
@@ -126,7 +126,7 @@ def _parts(q, k, G, beta, documents, scale: float) -> chunk.Parts:
     def prepare(q, k, G, beta, documents):
         return chunk.prepare(
             q.astype(jnp.float32), k.astype(jnp.float32), G, beta, documents,
-            scale=scale, dtype=q.dtype, invert=_invert, within=chunk.block_products,
+            scale=scale, dtype=q.dtype, invert=_invert,
         )  # fmt: skip
 
     for axes in ((None, None, 0, 0, None), (0, 0, 0, 0, None), 0, 0):  # r, H, B, n

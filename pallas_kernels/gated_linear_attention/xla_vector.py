@@ -1,7 +1,8 @@
 """Linear attention in chunks with a decay of each key feature, without any exponent above 0.
 
 The decay between two tokens is split at a token between them: a chunk is halved, and its halves,
-down to single tokens; pairs across a middle are one product of scaled queries and scaled keys.
+down to single tokens; pairs across the middles of all pieces of a size are one product of scaled
+queries and scaled keys, in which other pairs are masked.
 """
 
 import functools
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.gated_linear_attention import chunks
 from pallas_kernels.gated_linear_attention.chunks import Masks, Sums, product, scaled
@@ -107,64 +108,52 @@ def _backward(scale, size, arguments, cotangents):
 attend.defvjp(_forward, _backward)
 
 
-class Middle(NamedTuple):
-    """Decays across the middles of P pieces: keys of the first halves, queries of the second."""
+class Level(NamedTuple):
+    """Pairs of tokens in different halves of the same piece of a chunk.
 
-    keys: Float[Array, "... P h K"]
-    queries: Float[Array, "... P h K"]
+    queries, keys: decays between the middle of its piece and each token of a second or first half,
+    0 for the other. pair: which tokens share a piece.
+    """
+
+    queries: Float[Array, "M B H R L K"]
+    keys: Float[Array, "M B H R L K"]
+    pair: Bool[Array, "1 1 1 1 L L"]
 
 
-def _middles(sums: Sums):
-    """A `Middle` for each size of halves, from single tokens up."""
+def _levels(sums: Sums):
+    """A `Level` for each size of pieces, from two tokens to the chunk."""
+    shape = sums.coarse.shape
+    place = jnp.arange(shape[-2])
     half = 1
-    while 2 * half <= sums.coarse.shape[-2]:
-        first, second = (Sums(*(_halves(part, half)[at] for part in sums)) for at in (0, 1))
-        middle = first[..., -1:, :]
-        yield half, Middle(jnp.exp(middle - first), jnp.exp(second - middle))
+    while half < shape[-2]:
+        pieces = Sums(*(x.reshape(*shape[:-2], -1, 2 * half, shape[-1]) for x in sums))
+        exponent = pieces - pieces[..., half - 1 : half, :]  # from the middle, at most 0 after it
+        decay = jnp.exp(-jnp.abs(exponent)).reshape(shape)
+        second = ((place // half) % 2 == 1).reshape(1, 1, 1, 1, -1, 1)
+        piece = place // (2 * half)
+        yield Level(
+            jnp.where(second, decay, 0.0),
+            jnp.where(second, 0.0, decay),
+            (piece[:, None] == piece[None])[None, None, None, None],
+        )
         half *= 2
-
-
-def _halves(x, half: int):
-    """[..., L, K] to the first and second halves [..., L / (2 half), half, K] of its pieces."""
-    x = x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
-    return x[..., 0, :, :], x[..., 1, :, :]
 
 
 def _scores(q, k, sums: Sums) -> Float[Array, "M B H R L L"]:
     """sum_d q_id k_jd exp(G_id - G_jd) for j <= i, else 0."""
-    shape = sums.coarse.shape
-    scores = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)
-    scores = jnp.broadcast_to(scores, shape[:-1])[..., None, None]
-    for half, decays in _middles(sums):
-        across = product(
-            "mbhrpik,mbhrpjk->mbhrpij",
-            scaled(_halves(q, half)[1], decays.queries),
-            scaled(_halves(k, half)[0], decays.keys),
-        )
-        first, second = scores[..., 0::2, :, :], scores[..., 1::2, :, :]
-        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-        scores = jnp.concatenate([upper, jnp.concatenate([across, second], axis=-1)], axis=-2)
-    return scores[..., 0, :, :]
+    itself = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True)
+    scores = jnp.eye(q.shape[-2])[None, None, None, None] * itself
+    for level in _levels(sums):
+        across = product("mbhrik,mbhrjk->mbhrij", scaled(q, level.queries), scaled(k, level.keys))
+        scores += jnp.where(level.pair, across, 0.0)
+    return scores
 
 
 def _scores_gradients(q, k, sums: Sums, d_scores):
     """fp32 [M, B, H, R, L, K] gradients of `_scores` in q and k, without those of i = j."""
-    shape = sums.coarse.shape
-    d_q, d_k = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
-    for half, decays in _middles(sums):
-        d_across = _diagonal_blocks(d_scores, 2 * half)[..., half:, :half].astype(q.dtype)
-        keys = scaled(_halves(k, half)[0], decays.keys)
-        queries = scaled(_halves(q, half)[1], decays.queries)
-        second = decays.queries * product("mbhrpij,mbhrpjk->mbhrpik", d_across, keys)
-        first = decays.keys * product("mbhrpij,mbhrpik->mbhrpjk", d_across, queries)
-        nothing = jnp.zeros_like(first)
-        d_q += jnp.stack([nothing, second], axis=-3).reshape(shape)
-        d_k += jnp.stack([first, nothing], axis=-3).reshape(shape)
+    d_q = d_k = jnp.zeros(sums.coarse.shape, jnp.float32)
+    for level in _levels(sums):
+        across = jnp.where(level.pair, d_scores, 0.0).astype(q.dtype)
+        d_q += level.queries * product("mbhrij,mbhrjk->mbhrik", across, scaled(k, level.keys))
+        d_k += level.keys * product("mbhrij,mbhrik->mbhrjk", across, scaled(q, level.queries))
     return d_q, d_k
-
-
-def _diagonal_blocks(x, size: int):
-    """[..., L, L] to its blocks on the diagonal [..., L / size, size, size]."""
-    pieces = x.shape[-1] // size
-    x = x.reshape(*x.shape[:-2], pieces, size, pieces, size)
-    return jnp.moveaxis(jnp.diagonal(x, axis1=-4, axis2=-2), -1, -3)

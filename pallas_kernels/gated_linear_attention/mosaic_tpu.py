@@ -36,10 +36,9 @@ def gated_linear_attention(
     k = chunks.without_padding(k, documents)
     if g is not None:
         g = _padded(g, {1: CHUNK} | ({3: LANES} if g.ndim == 4 else {}))
-        gate = jnp.moveaxis(chunks.masks(documents, CHUNK).gate, 0, 1)
         if documents is not None:
-            used = gate.reshape(g.shape[0], g.shape[1], *[1] * (g.ndim - 2))
-            g = jnp.where(used, g, 0.0)
+            gate = jnp.moveaxis(chunks.masks(documents, CHUNK).gate, 0, 1)
+            g = jnp.where(gate.reshape(*g.shape[:2], *[1] * (g.ndim - 2)), g, 0.0)
         g = jnp.maximum(g, chunks.FLOOR)
     heads = _heads_side_by_side(q.shape[2], v.shape[2], values, g)
     q, k = (_padded(x, {1: CHUNK, 3: LANES}) for x in (q, k))

@@ -192,6 +192,11 @@ WRONG = {
     "state": ({}, {"initial_state": jnp.zeros((2, 2, 8, 8))}, r"must be \(2, 2, 8, 12\)"),
     "segments": ({}, {"segment_ids": jnp.ones((2, 39), jnp.int32)}, r"must be \(2, 40\)"),
     "dtypes": ({}, {"v": jnp.zeros((2, 40, 2, 12), jnp.bfloat16)}, "cast them to one dtype"),
+    "platform": (
+        {},
+        {"implementation": "mosaic_tpu"},
+        r"'mosaic_tpu' cannot run: it needs tpu \(this is cpu\); can run here: xla, ref",
+    ),
     "name": ({}, {"implementation": "triton"}, "unknown implementation 'triton'; allowed: 'auto'"),
 }
 

@@ -114,11 +114,12 @@ def test_packed_documents_are_separate_rows(decay):
 
 
 def test_bf16_error_is_that_of_its_inputs():
-    """Rounding the products' operands costs no more than a few times rounding the arguments."""
+    """Rounding operands of products doubles, at most, what rounding the results costs: 0.0017."""
     for decay in ("scalar", "vector"):
         case = Case(B=1, T=256, K=32, V=32, decay=decay, dtype="bfloat16")
         worst = errors(op(case, "ref"), op(case, "xla"), arguments(case))
-        assert worst["o"] < 0.004 and max(worst.values()) < 0.012, worst
+        tokens = max(worst[name] for name in ("d_q", "d_k", "d_v"))
+        assert worst["o"] < 0.003 and tokens < 0.0039 and max(worst.values()) < 0.007, worst
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])

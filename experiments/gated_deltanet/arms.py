@@ -1,0 +1,103 @@
+"""What each part runs in each arm: "smoke" for tests, "cpu" in minutes, "gpu" for one H200."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import decode
+import jax
+import quality
+import speed
+from quality import Task
+from shapes import MIXERS, Shape
+
+from efficient_lm.training.manifest import versions
+
+TINY = Shape(embed_dim=32, num_layers=2, hidden_dim=64, vocabulary_size=256, head_dim=8, length=32,
+             rows=4, value_groups=1, expand=1)  # fmt: skip
+# The shapes of a model with about a billion parameters, and a small vocabulary.
+BILLION = Shape(embed_dim=2048, num_layers=16, hidden_dim=6144, vocabulary_size=32_768,
+                head_dim=128, length=2048, rows=32, dtype="bfloat16", remat="products")  # fmt: skip
+
+QUALITY = {
+    ("language", "smoke"): Task(TINY, 4, (1e-2,), (0,), 4, (), "ref"),
+    ("language", "cpu"): Task(
+        Shape(embed_dim=128, num_layers=4, hidden_dim=256, vocabulary_size=256, head_dim=32,
+              length=256, rows=4), 400, (1e-2,), (0,), 128,
+    ),
+    ("language", "gpu"): Task(
+        Shape(embed_dim=512, num_layers=8, hidden_dim=1536, vocabulary_size=256, head_dim=128,
+              length=1024, rows=16, dtype="bfloat16"), 400, (4e-3, 8e-3), (0,), 512,
+    ),
+    ("recall", "smoke"): Task(TINY, 4, (5e-3, 1e-2), (0, 1), 8, (2, 4), "ref"),
+    ("recall", "cpu"): Task(
+        Shape(embed_dim=64, num_layers=4, hidden_dim=64, vocabulary_size=64, head_dim=8,
+              attention_heads=4, length=48, rows=64, value_groups=1, expand=1),
+        500, (5e-3,), (0,), 512, (3, 6, 12), "ref",
+    ),
+    ("recall", "gpu"): Task(
+        Shape(embed_dim=64, num_layers=4, hidden_dim=64, vocabulary_size=128, head_dim=8,
+              attention_heads=4, length=128, rows=128, value_groups=1, expand=1),
+        1500, (2.5e-3, 5e-3), (0, 1), 512, (4, 8, 16, 32), "xla",
+    ),
+}  # fmt: skip
+# (shape, lengths, mixers, timed steps, attention's implementation)
+SPEED = {
+    "smoke": (TINY, [32], ["attention", "hybrid"], 1, "auto"),
+    "gpu": (BILLION, [8192, 16_384, 32_768, 2048, 65_536], ["attention", "hybrid"], 3, "cudnn"),
+}
+# (shape, contexts, mixers, dispatches)
+DECODE = {
+    "smoke": (TINY, [8, 64], ["attention", "gated_deltanet"], 1),
+    "gpu": (
+        Shape(embed_dim=2048, num_layers=16, hidden_dim=6144, vocabulary_size=32_768, head_dim=128,
+              length=2048, rows=4, dtype="bfloat16"),
+        [1024, 65_536], ["gated_deltanet", "attention", "hybrid"], 4,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written about a part beforehand, and the rows as they come."""
+
+    settings: dict[str, Any]
+    rows: Iterable[dict[str, Any]]
+
+
+def plan(part: str, arm: str, mixers: list[str] | None, lengths: list[int] | None) -> Plan:
+    """The plan of a part; mixers, lengths: None for those of the arm."""
+    workers = 6 if arm == "gpu" else 1
+    if part in ("language", "recall"):
+        task = QUALITY[part, arm]
+        return Plan(asdict(task), trained(part, task, mixers or MIXERS, workers))
+    table = SPEED if part == "speed" else DECODE
+    if arm not in table:
+        raise SystemExit(f"--part={part} has the arms {', '.join(table)}; --arm={arm} is not one")
+    shape, sizes, names, *rest = table[arm]
+    sizes, names = lengths or sizes, mixers or names
+    settings = {"shape": asdict(shape), "lengths": sizes, "mixers": names, "rest": rest}
+    rows = speed.rows(shape, sizes, names, *rest, workers) if part == "speed" else (
+        decode.rows(shape, sizes, names, *rest)
+    )  # fmt: skip
+    return Plan(settings, rows)
+
+
+def trained(part: str, task: Task, mixers: Iterable[str], workers: int) -> Iterator[dict]:
+    """A row a mixer; while one trains, the next ones compile."""
+    prepare = quality.prepare_language if part == "language" else quality.prepare_recall
+    quality.load(task)
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [(mixer, pool.submit(prepare, task, mixer)) for mixer in mixers]
+        for mixer, job in jobs:
+            try:
+                yield job.result()()
+            except Exception as error:
+                message = f"{type(error).__name__}: {error}"[:300]
+                yield {"what": part, "mixer": mixer, "error": message}
+
+
+def environment() -> dict[str, Any]:
+    """The device and the versions."""
+    return {"device": jax.devices()[0].device_kind, "versions": versions()}

@@ -1,0 +1,63 @@
+"""Draw figure.svg from results: recall by pairs, bits per byte, and tokens/s by context."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+HERE = Path(__file__).parent
+COLORS = {"attention": "#4c72b0", "hybrid": "#8172b3", "gated_deltanet": "#c44e52",
+          "mamba2": "#55a868"}  # fmt: skip
+
+
+def rows_of(what: str) -> list[dict]:
+    """The rows of a part, from a GPU where there are any."""
+    for arm in ("gpu", "cpu"):
+        found = [
+            row
+            for path in sorted(HERE.glob(f"results/{arm}*.json"))
+            for row in json.loads(path.read_text())["rows"]
+            if row["what"] == what and "error" not in row
+        ]
+        if found:
+            return found
+    return []
+
+
+def main() -> None:
+    """Three panels."""
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "gated_deltanet"
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    for row in rows_of("recall"):
+        pairs = [int(pairs) for pairs in row["accuracy"]]
+        values = list(row["accuracy"].values())
+        left.plot(pairs, values, "o-", label=row["mixer"], color=COLORS[row["mixer"]])
+    left.set(xlabel="pairs", ylabel="accuracy", title="associative recall", ylim=(0, 1.03))
+    left.set_xscale("log", base=2)
+    left.legend(fontsize=8)
+    bars = sorted(rows_of("language"), key=lambda row: list(COLORS).index(row["mixer"]))
+    names = [row["mixer"] for row in bars]
+    heights = [row["bits_per_byte"] for row in bars]
+    shown = middle.bar(names, heights, color=[COLORS[name] for name in names])
+    middle.bar_label(shown, fmt="%.3f", fontsize=8)
+    middle.set(title="Python source, bits per byte", ylim=(0.8 * min(heights, default=0), None))
+    middle.tick_params("x", labelsize=8)
+    speeds = rows_of("speed")
+    for mixer in dict.fromkeys(row["mixer"] for row in speeds):
+        points = sorted((r["length"], r["tokens_per_second"] / 1e3) for r in speeds
+                        if r["mixer"] == mixer)  # fmt: skip
+        right.plot(*zip(*points, strict=True), "o-", label=mixer, color=COLORS[mixer])
+    if speeds:
+        right.set_xscale("log", base=2)
+        right.set(xlabel="tokens of a row", title="training, thousand tokens/s", ylim=(0, None))
+        right.legend(fontsize=8)
+    else:
+        right.set_axis_off()
+    figure.savefig(HERE / "figure.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

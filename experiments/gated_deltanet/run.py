@@ -1,0 +1,48 @@
+"""Full attention, Gated DeltaNet, their 3:1 hybrid and Mamba-2: quality, recall and speed.
+
+`python experiments/gated_deltanet/run.py --part=recall --arm=cpu --out=x.json`; see README.md.
+"""
+
+import argparse
+import json
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+PARTS = ("language", "recall", "speed", "decode")
+
+
+def main() -> None:
+    """Run the parts that are asked for; the JSON is written again after each row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--arm", choices=("smoke", "cpu", "gpu"), required=True)
+    parser.add_argument("--part", choices=PARTS, nargs="+", required=True)
+    parser.add_argument("--mixers", nargs="+", help="default: those of the arm")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the part speed")
+    arguments = parser.parse_args()
+    import arms  # after --help, because it imports JAX
+
+    values = {
+        "command": " ".join(["experiments/gated_deltanet/run.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "arm": arguments.arm,
+        **arms.environment(),
+        "settings": {},
+        "rows": [],
+    }
+    began = time.perf_counter()
+    for part in arguments.part:
+        plan = arms.plan(part, arguments.arm, arguments.mixers, arguments.lengths)
+        values["settings"][part] = plan.settings
+        for row in plan.rows:
+            values["rows"].append(row)
+            values["seconds"] = round(time.perf_counter() - began, 1)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(values, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

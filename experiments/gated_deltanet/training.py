@@ -1,0 +1,67 @@
+"""Short trainings as pure functions of arrays, the seed and the learning rate among them: one
+program serves all of these, and `jax.vmap` of it trains them together."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from efficient_lm.config import Config
+from efficient_lm.model.definition import define, initialize
+from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.training.optimizer import make_optimizer
+from efficient_lm.training.state import TrainState, make_initializer
+from efficient_lm.training.step import make_evaluation_step, make_train_step
+
+
+class Programs(NamedTuple):
+    """What a training is made of."""
+
+    begin: Callable[[Any], TrainState]  # of the seed
+    advance: Callable  # (state, learning rate, batches [steps, B, T]) -> (state, losses [steps])
+    evaluate: Callable  # (state, batch) -> sums
+    parameters: int
+
+    def vmapped(self) -> "Programs":
+        """The same for several seeds and as many rates at once, on the same batches."""
+        begin, evaluate = jax.vmap(self.begin), jax.vmap(self.evaluate, (0, None))
+        return Programs(begin, jax.vmap(self.advance, (0, 0, None)), evaluate, self.parameters)
+
+    def compile(self, seed, rate, stack, batch) -> "Programs":
+        """Compiled for arguments of these shapes; `advance` takes the buffers of its state."""
+        state = jax.eval_shape(self.begin, seed)
+        begin = jax.jit(self.begin).lower(seed).compile()
+        advance = jax.jit(self.advance, donate_argnums=0).lower(state, rate, stack).compile()
+        evaluate = jax.jit(self.evaluate).lower(state, batch).compile()
+        return Programs(begin, advance, evaluate, self.parameters)
+
+
+def make_programs(config: Config) -> Programs:
+    """The programs of a config, whose learning rate must be 1: it is multiplied by that given."""
+    if config.optimizer.learning_rate != 1.0 or config.training.log_every != 1:
+        raise ValueError("the config must have a learning rate of 1 and log every step")
+    mesh = make_mesh(config.parallel, jax.devices()[:1])
+    definition = define(config.model)
+    lengths = np.ones(config.model.vocabulary_size, np.int32)
+    evaluation_step = make_evaluation_step(config, definition, mesh, lengths)
+
+    def make(rate):
+        whole = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
+        return optax.chain(whole, optax.scale(rate))
+
+    def begin(seed):
+        state = make_initializer(config, definition, make(1.0))()
+        return dataclasses.replace(state, parameters=initialize(definition, jax.random.key(seed)))
+
+    def advance(state, rate, batches):
+        step = make_train_step(config, definition, make(rate), mesh, lengths)
+        state, metrics = jax.lax.scan(step, state, batches)
+        return state, metrics["loss_sum"] / metrics["weight_sum"]
+
+    def evaluate(state, batch):
+        return evaluation_step(state.parameters, batch)
+
+    return Programs(begin, advance, evaluate, definition.count())

@@ -1,0 +1,87 @@
+"""The comparison of Gated DeltaNet with attention and Mamba-2 runs, and compares like with like."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "experiments/gated_deltanet"
+RECURRENT = ("gated_deltanet", "mamba2")
+
+
+@pytest.fixture
+def arms(monkeypatch):
+    """The module with the settings."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import arms
+
+    yield arms
+    for name in ("arms", "decode", "quality", "shapes", "speed", "training"):
+        sys.modules.pop(name)
+
+
+@pytest.mark.slow
+def test_every_part_gives_its_rows(tmp_path):
+    out = tmp_path / "x.json"
+    command = [sys.executable, str(FOLDER / "run.py"), "--arm=smoke", f"--out={out}", "--part",
+               "language", "recall", "speed", "decode", "--mixers", "gated_deltanet"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row.get("error") for row in rows] == [None] * 5
+    assert [row["what"] for row in rows] == ["language", "recall", "speed"] + 2 * ["decode"]
+    language, recall, speed, *decodes = rows
+    assert 0 < language["bits_per_byte"] < 9
+    assert set(recall["accuracy"]) == {"2", "4"}
+    assert all(0 <= value <= 1 for value in recall["accuracy"].values())
+    assert [len(seeds) for seeds in recall["accuracy_by_seed"].values()] == [2, 2]
+    assert speed["tokens_per_second"] > 0 and speed["skipped"] == 0
+    assert len({row["state_bytes"] for row in decodes}) == 1  # whatever the context
+
+
+@pytest.mark.parametrize("part, arm", [("language", "gpu"), ("recall", "gpu"), ("recall", "cpu")])
+def test_mixers_have_the_same_parameters_and_memories(arms, part, arm):
+    task = arms.QUALITY[part, arm]
+    configs = [arms.quality.make_config(task, mixer) for mixer in arms.MIXERS]
+    counts = [arms.speed.define(config.model).count() for config in configs]
+    assert max(counts) < 1.02 * min(counts)
+    memories = {}
+    for mixer, config in zip(arms.MIXERS, configs, strict=True):
+        state_bytes = arms.quality.shapes.state_bytes
+        assert (state_bytes(config, 64) == state_bytes(config, 256)) == (mixer in RECURRENT)
+        memories[mixer] = state_bytes(config, 64, "memory")
+    assert memories["gated_deltanet"] == memories["mamba2"] > memories["hybrid"] > 0
+
+
+def test_the_models_of_the_speed_part_have_the_same_parameters(arms):
+    shape = arms.SPEED["gpu"][0]
+    counts = {
+        mixer: arms.speed.define(arms.speed.make_config(shape, mixer, "auto").model).count()
+        for mixer in ("attention", "hybrid", "gated_deltanet")
+    }
+    assert 0.85e9 < counts["attention"] < 1.2e9
+    assert max(counts.values()) < 1.01 * min(counts.values())
+
+
+def test_a_batch_has_equal_shares_of_each_number_of_pairs(arms):
+    task = replace(arms.QUALITY["recall", "smoke"], steps=30)
+    stacks = arms.quality.recall_batches(task)
+    assert [len(stack["tokens"]) for stack in stacks] == [15, 15]
+    queries = stacks[0]["weights"].sum(axis=2)
+    assert (queries == [[2, 2, 4, 4]]).all()
+
+
+def test_what_is_committed_keeps_to_what_is_expected():
+    expected = json.loads((FOLDER / "expected.json").read_text())
+    for path in FOLDER.glob("results/*.json"):
+        result = json.loads(path.read_text())
+        recall = {r["mixer"]: r["accuracy"] for r in result["rows"]
+                  if r["what"] == "recall" and "error" not in r}  # fmt: skip
+        means = [np.mean(list(recall[m].values())) for m in expected["recall_order"] if m in recall]
+        falls = np.diff(means)
+        assert (falls <= expected["recall_tolerance"]).all(), path.name

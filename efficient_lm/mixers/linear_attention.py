@@ -33,6 +33,7 @@ class LinearAttentionOptions:
       token, one a head or one a feature (GLA, arXiv 2312.06635).
     normalize: sum: weights of a token sum to 1, for maps that are nowhere negative; rms: RMSNorm of
       each head's output, as a sum without weights that sum to 1 grows with its length.
+    rope: rotates the features, so that weights depend on distances, and can be negative.
     """
 
     num_heads: int = 4
@@ -46,7 +47,7 @@ class LinearAttentionOptions:
     normalize: Literal["sum", "rms"] = "sum"
     gate: Literal["none", "silu"] = "none"  # of the output, elementwise
     convolution_width: int | None = None  # short convolution and SiLU of q, k and v; None: none
-    rope: RopeConfig = field(default_factory=lambda: RopeConfig(fraction=0.0))  # before the map
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig(fraction=0.0))
     implementation: str = "auto"  # of pallas_kernels.gated_linear_attention
 
     def sizes(self, model: ModelConfig) -> tuple[int, int, int, int]:
@@ -90,7 +91,12 @@ class LinearAttentionOptions:
                 f"num_features={self.num_features} has no effect with feature_map="
                 f"{self.feature_map!r}; only 'performer' has features to choose"
             )
-        self.rope.check(self.sizes(model)[1])
+        if self.rope.fraction > 0 and self.normalize == "sum":
+            raise ConfigError(
+                f"rope.fraction={self.rope.fraction} makes weights negative, which cannot be "
+                "divided by their sum; set normalize='rms' or rope.fraction=0"
+            )
+        self.rope.check(self.sizes(model)[2])
 
 
 class LinearAttention(nnx.Module):
@@ -173,8 +179,6 @@ class LinearAttention(nnx.Module):
             query, key, value = (projected[name] for name in names)
         else:
             (query, key, value), new = recurrent.convolve(self, names, projected, context, state)
-        query = rotate(query, context.positions, self.options.rope)
-        key = rotate(key, context.positions, self.options.rope)
         decay = self.log_decay(projected.get("decay"), value)
         if self.options.feature_map == "performer":
             before = () if state is None else (state["largest"], state["segment"])
@@ -189,6 +193,8 @@ class LinearAttention(nnx.Module):
                 decay = decay + (shrink if decay.ndim == 3 else shrink[..., None])
         else:
             query, key = self.features(query, "query_map"), self.features(key, "key_map")
+            query = rotate(query, context.positions, self.options.rope)
+            key = rotate(key, context.positions, self.options.rope)
 
         by_sum = self.options.normalize == "sum"
         if by_sum:  # a last column of the memory gathers the sum of the weights

@@ -83,7 +83,6 @@ CASES = {
         },
     },
     "mamba2": {
-        "one_group": {"head_dim": 8, "state_dim": 6},
         "groups": {"head_dim": 8, "state_dim": 6, "num_groups": 2, "convolution_width": 2},
     },
     "linear_attention": {
@@ -95,9 +94,9 @@ CASES = {
             "gate": "silu",
             "convolution_width": 3,
         },
-        "retention": {
+        "hedgehog_retention": {
             "num_heads": 2,
-            "feature_map": "identity",
+            "feature_map": "hedgehog",
             "decay": "retention",
             "normalize": "rms",
             "gate": "silu",
@@ -109,6 +108,5 @@ CASES = {
             "num_features": 12,
             "decay": "scalar",
         },
-        "hedgehog": {"num_heads": 2, "feature_map": "hedgehog"},
     },
 }

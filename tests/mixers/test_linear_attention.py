@@ -158,6 +158,7 @@ def test_decays(projected, rng):
         ({"num_heads": 3}, "embed_dim=16 is not divisible by num_heads=3"),
         ({"feature_map": "identity"}, "feature_map='identity' gives negative weights"),
         ({"feature_map": "performer", "normalize": "rms"}, "so normalize='rms' has no meaning"),
+        ({"rope": RopeConfig()}, "rope.fraction=1.0 makes weights negative"),
         ({"num_features": 8}, "num_features=8 has no effect with feature_map='elu'"),
         ({"decay_rank": 0}, "decay_rank=0; it must be at least 1"),
     ],

@@ -24,7 +24,7 @@ QUALITY = {
     ("language", "smoke"): Task(TINY, 4, (1e-2,), (0,), 4, (), "ref"),
     ("language", "cpu"): Task(
         Shape(embed_dim=128, num_layers=4, hidden_dim=256, vocabulary_size=256, head_dim=32,
-              length=256, rows=4), 400, (1e-2,), (0,), 128,
+              length=128, rows=8), 250, (5e-3,), (0,), 128, (), "ref",
     ),
     ("language", "gpu"): Task(
         Shape(embed_dim=512, num_layers=8, hidden_dim=1536, vocabulary_size=256, head_dim=128,
@@ -33,13 +33,13 @@ QUALITY = {
     ("recall", "smoke"): Task(TINY, 4, (5e-3, 1e-2), (0, 1), 8, (2, 4), "ref"),
     ("recall", "cpu"): Task(
         Shape(embed_dim=64, num_layers=4, hidden_dim=64, vocabulary_size=64, head_dim=8,
-              attention_heads=4, length=48, rows=64, value_groups=1, expand=1),
-        500, (5e-3,), (0,), 512, (3, 6, 12), "ref",
+              attention_heads=4, first_window=4, length=32, rows=64, value_groups=1, expand=1),
+        400, (5e-3,), (0,), 512, (2, 4, 8), "ref",
     ),
     ("recall", "gpu"): Task(
         Shape(embed_dim=64, num_layers=4, hidden_dim=64, vocabulary_size=128, head_dim=8,
-              attention_heads=4, length=128, rows=128, value_groups=1, expand=1),
-        1500, (2.5e-3, 5e-3), (0, 1), 512, (4, 8, 16, 32), "xla",
+              attention_heads=4, first_window=4, length=128, rows=128, value_groups=1, expand=1),
+        1000, (2.5e-3, 5e-3), (0, 1), 512, (4, 8, 16, 32), "xla",
     ),
 }  # fmt: skip
 # (shape, lengths, mixers, timed steps, attention's implementation)

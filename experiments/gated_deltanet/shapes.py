@@ -31,6 +31,7 @@ class Shape:
     rows: int
     value_groups: int = 2
     expand: int = 2  # of Mamba-2, with head_dim / expand features a head and as large a state
+    first_window: int | None = None  # tokens that the first layer of `attention` sees; None: all
     attention_heads: int | None = None  # None: embed_dim / head_dim
     dtype: str = "float32"
     remat: str = "none"
@@ -52,8 +53,9 @@ def _fields(shape: Shape, mixer: str, hidden_dim: int) -> dict[str, Any]:
     attention_heads = shape.attention_heads or heads
     shared = attention_heads // shape.value_groups
     delta = layer("gated_deltanet")
+    first = () if shape.first_window is None else (layer(window=shape.first_window),)
     patterns = {
-        "attention": (layer(),),
+        "attention": (*first, *(layer(),) * (shape.num_layers - len(first))),
         "gated_deltanet": (delta,),
         "hybrid": (delta, delta, delta, layer(gate="sigmoid", num_key_value_heads=shared)),
         "mamba2": (layer("mamba2"),),

@@ -268,29 +268,30 @@ def fsdp_scaling() -> str:
 
 
 def recurrences() -> str:
-    """Recurrent ops beside flash-linear-attention's, by shape, op and pass."""
-    rows = []
+    """Recurrent ops beside flash-linear-attention's; of a row measured twice, the last file."""
+    sides: dict[str, dict[tuple, Any]] = {"ours": {}, "fla": {}}
     for result in results("experiments/recurrence_speed/results/*.json"):
-        sides = {
-            side: {(x["shape"], x["op"], x["pass"]): x for x in result[side]["rows"]}
-            for side in ("ours", "fla")
-        }
-        for place, ours in sides["ours"].items():
-            shape, op, name = place
-            if name == "errors":
-                continue
-            errors = sides["ours"].get((shape, op, "errors"), {}).get("relative_errors")
-            if errors and name == "forward":
-                errors = errors[:1]
-            time = ours.get("milliseconds")
-            peer = sides["fla"].get(place, {})
-            theirs = peer.get("milliseconds")
-            rows.append((
-                shape, op, name.replace("_", " + "), three_digits(time),
-                short(peer["error"], 40) if "error" in peer else three_digits(theirs),
-                number(theirs / time if theirs and time else None, ".2f", "x"),
-                number(max(errors) if errors else None, ".1e"), source(result),
-            ))  # fmt: skip
+        for side in sides.keys() & result.keys():
+            for row in result[side]["rows"]:
+                place = row["shape"], row["op"], row["pass"]
+                sides[side][place] = row | {"from": source(result)}
+    rows = []
+    for place, ours in sides["ours"].items():
+        shape, op, name = place
+        if name == "errors":
+            continue
+        errors = sides["ours"].get((shape, op, "errors"), {}).get("relative_errors")
+        if errors and name == "forward":
+            errors = errors[:1]
+        peer = sides["fla"].get(place, {})
+        time, theirs = ours.get("milliseconds"), peer.get("milliseconds")
+        links = dict.fromkeys(x["from"] for x in (ours, peer) if x)
+        rows.append((
+            shape, op, name.replace("_", " + "), three_digits(time),
+            short(peer["error"], 40) if "error" in peer else three_digits(theirs),
+            number(theirs / time if theirs and time else None, ".2f", "x"),
+            number(max(errors) if errors else None, ".1e"), ", ".join(links),
+        ))  # fmt: skip
     header = ("shape", "op", "pass", "ours, ms", "fla, ms", "fla / ours", "error", "from")
     return table(header, rows, left=3)
 

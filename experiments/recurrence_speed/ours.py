@@ -20,10 +20,10 @@ COMPARED = 4096  # tokens up to which the reference, token by token, takes secon
 
 def main() -> None:
     """Every row; a failing one becomes a line with its error."""
-    names, only = (json.loads(argument) for argument in sys.argv[1:])
+    names, ops, only = (json.loads(argument) for argument in sys.argv[1:])
     print(json.dumps({"environment": timing.environment()}), flush=True)
     for shape in shapes.SHAPES:
-        for op in shapes.OPS:
+        for op in ops:
             if shape.name in names and op in shape.ops:
                 shape = shape._replace(passes=tuple(x for x in shape.passes if x in only))
                 for row in measure(shape, op):

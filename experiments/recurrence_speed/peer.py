@@ -6,20 +6,20 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from shapes import OPS, SHAPES
+from shapes import SHAPES
 from triton.testing import do_bench
 
 
 def main() -> None:
     """Every row; a failing one becomes a line with its error."""
-    names, only = (json.loads(argument) for argument in sys.argv[1:])
+    names, ops, only = (json.loads(argument) for argument in sys.argv[1:])
     versions = {
         name: importlib.metadata.version(name)
         for name in ("torch", "triton", "flash-linear-attention")
     }
     print(json.dumps({"environment": versions}), flush=True)
     for shape in SHAPES:
-        for op in OPS:
+        for op in ops:
             if shape.name in names and op in shape.ops:
                 shape = shape._replace(passes=tuple(x for x in shape.passes if x in only))
                 for row in measure(shape, op):

@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import sys
 
-from shapes import SHAPES
+from shapes import OPS, SHAPES
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--ops", nargs="+", default=OPS)
+    parser.add_argument("--sides", nargs="+", default=["ours", "fla", "ours_again"])
     flags = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     report = {"command": "python experiments/recurrence_speed/run.py " + " ".join(given)}
@@ -34,10 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
         "fla": (peer, flags.shapes, both),
         "ours_again": (ours, flags.shapes[:1], both[:1]),
     }
-    for side, (command, shapes, passes) in sides.items():
+    for side in flags.sides:
+        command, shapes, passes = sides[side]
         report[side] = {"environment": None, "rows": []}
         with subprocess.Popen(
-            [*command, json.dumps(shapes), json.dumps(passes)],
+            [*command, json.dumps(shapes), json.dumps(flags.ops), json.dumps(passes)],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
         ) as process:  # fmt: skip
             for line in filter(lambda line: line.startswith("{"), process.stdout):
@@ -60,7 +63,7 @@ def table(report: dict) -> str:
     """Milliseconds of a pass by side, a line each."""
     found: dict[tuple, dict] = {}
     for side in ("ours", "fla", "ours_again"):
-        for row in report[side]["rows"]:
+        for row in report.get(side, {"rows": []})["rows"]:
             place = row["shape"], row["op"], row["pass"]
             if row["pass"] == "errors":
                 errors = [f"{error:.1e}" for error in row["relative_errors"]]

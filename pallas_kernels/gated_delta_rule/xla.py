@@ -149,4 +149,15 @@ def _advance(state, parts: chunk.Parts, v, beta):
 def _invert(lower):
     """(I + lower)^-1 by forward substitution."""
     unit = jnp.eye(lower.shape[0], dtype=lower.dtype)
-    return jax.scipy.linalg.solve_triangular(lower + unit, unit, lower=True, unit_diagonal=True)
+
+    def solve(lower):
+        return jax.scipy.linalg.solve_triangular(lower + unit, unit, lower=True, unit_diagonal=True)
+
+    # LAPACK's solver takes four times as long for a batch of these, and waits for threads that
+    # collectives of other devices hold: a mesh of CPU devices can stand still for ever.
+    def row_by_row(lower):
+        return jax.lax.fori_loop(
+            1, lower.shape[0], lambda i, inverse: inverse.at[i].add(-lower[i] @ inverse), unit
+        )
+
+    return jax.lax.platform_dependent(lower, cpu=row_by_row, default=solve)

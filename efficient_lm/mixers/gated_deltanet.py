@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 import pallas_kernels
@@ -146,6 +147,7 @@ class GatedDeltaNet(nnx.Module):
             segment_ids=context.segment_ids,
             implementation=self.options.implementation,
         )
+        mixed = checkpoint_name(mixed, "mixer")  # so that policies can keep it
         new |= {"memory": memory, "segment": segment}
         return mixed, None if state is None else new, {}
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 import pallas_kernels
@@ -211,6 +212,7 @@ class LinearAttention(nnx.Module):
             segment_ids=context.segment_ids,
             implementation=self.options.implementation,
         )
+        mixed = checkpoint_name(mixed, "mixer")  # so that policies can keep it
         if by_sum:
             weights = mixed[..., -1:].astype(jnp.float32)
             weights = jnp.where(weights < SMALLEST_SUM, 1.0, weights)

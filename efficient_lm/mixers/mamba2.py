@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 import pallas_kernels
@@ -124,6 +125,7 @@ class Mamba2(nnx.Module):
             segment_ids=context.segment_ids,
             implementation=self.options.implementation,
         )
+        mixed = checkpoint_name(mixed, "mixer")  # so that policies can keep it
         mixed = mixed + cast(self.skip, value.dtype)[None, None, :, None] * value
         new |= {"memory": memory, "segment": segment}
         return mixed, None if state is None else new, {}

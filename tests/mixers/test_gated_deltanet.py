@@ -13,6 +13,7 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetOptions
 from efficient_lm.mixers.kda import KimiDeltaAttention, KimiDeltaAttentionOptions
 from efficient_lm.model.context import Context
+from efficient_lm.model.stack import REMAT_POLICIES
 from efficient_lm.training.optimizer import parameter_groups
 
 MODEL = ModelConfig(embed_dim=12, num_layers=1, initializer="fan_in")
@@ -145,6 +146,22 @@ def test_gradients_are_finite_where_queries_and_keys_are_zero(x):
 
     gradients = jax.grad(loss, argnums=(0, 1))(state, x.at[:, :5].set(0.0))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+
+
+def test_policies_can_keep_what_the_kernel_gave_and_little_else(x):
+    mixer = make(GatedDeltaNet, GatedDeltaNetOptions(**SIZES))
+
+    def layer(x):
+        mixed, projected = run_core(mixer, x)
+        return mixer.output(mixed, projected, CONTEXT)
+
+    kept = {}
+    for policy in ("full", "mixer"):
+        run = jax.checkpoint(layer, policy=REMAT_POLICIES[policy])
+        arrays = jax.tree.leaves(jax.vjp(run, x)[1])
+        kept[policy] = sorted(a.shape for a in arrays if LENGTH in getattr(a, "shape", ()))
+    assert kept["full"] == [x.shape]
+    assert kept["mixer"] == [(1, LENGTH, 4, 6), x.shape]
 
 
 @pytest.mark.parametrize(

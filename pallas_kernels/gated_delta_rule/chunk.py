@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._core.recurrence import Documents
 
+LEAST = -60.0  # log decay, after which nothing is left that fp32 could add to a new value
 SUBLANES = 8  # rows of a TPU's registers, which reshapes must leave together
 
 
@@ -78,8 +79,10 @@ def advance(state, parts: Parts, v, beta, dtype):
     return parts.keep * state + dot(parts.write, written, "tn", dtype), o
 
 
-def without_padding(g, beta, documents: Documents | None):
-    """g and beta that change no state at padding: 0."""
+def gates(g, beta, documents: Documents | None):
+    """g from LEAST, so that sums of it stay exact enough, and 0 at padding; beta 0 at padding."""
+    if g is not None:
+        g = jnp.maximum(g, LEAST)
     if documents is None:
         return g, beta
     real = documents.real[:, :, None]

@@ -41,7 +41,7 @@ def gated_delta_rule(
     """
     B, T, H, K = q.shape
     N, V = v.shape[2:]
-    g, beta = chunk.without_padding(g, beta, documents)
+    g, beta = chunk.gates(g, beta, documents)
     padded_K, padded_V = _round_up(K, LANES), _round_up(V, LANES)
     sizes = Sizes(
         B, _round_up(T, CHUNK), H, N, padded_K, padded_V, CHUNK,

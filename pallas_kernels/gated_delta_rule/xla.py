@@ -56,7 +56,7 @@ def split(q, k, v, g, beta, documents: Documents | None, chunk_size: int) -> Chu
     (B, T, H), N = q.shape[:3], v.shape[2]
     C = min(chunk_size, max(16, 2 ** (T - 1).bit_length()))
     n = -(-T // C)
-    g, beta = chunk.without_padding(g, beta, documents)
+    g, beta = chunk.gates(g, beta, documents)
 
     def cut(x, heads):  # [B, T, heads, ...] -> [n, B, *heads, C, ...]
         pad = [(0, 0)] * x.ndim

@@ -13,6 +13,7 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_kernels import Kernels
 from pallas_kernels.gated_linear_attention.mosaic_tpu_scalar import KEPT, LATER, ROWS, WRITES
 from pallas_kernels.gated_linear_attention.support import TPU_CHUNK as CHUNK
 from pallas_kernels.gated_linear_attention.support import TPU_LANES as LANES
+from pallas_kernels.gated_linear_attention.support import tpu_heads_side_by_side
 
 
 def gated_linear_attention(
@@ -40,19 +41,12 @@ def gated_linear_attention(
             gate = jnp.moveaxis(chunks.masks(documents, CHUNK).gate, 0, 1)
             g = jnp.where(gate.reshape(*g.shape[:2], *[1] * (g.ndim - 2)), g, 0.0)
         g = jnp.maximum(g, chunks.FLOOR)
-    heads = _heads_side_by_side(q.shape[2], v.shape[2], values, g)
+    heads = tpu_heads_side_by_side(v.shape[2] // q.shape[2], values, decay_kind(g))
     q, k = (_padded(x, {1: CHUNK, 3: LANES}) for x in (q, k))
     v = _padded(v, {1: CHUNK, 3: LANES // heads})
     state = _padded(initial_state.astype(jnp.float32), {2: LANES, 3: LANES // heads})
     o, final_state = _attend(q, k, v, g, state, documents, scale, interpret)
     return o[:, :length, :, :values], final_state[:, :, :features, :values]
-
-
-def _heads_side_by_side(key_heads: int, value_heads: int, values: int, g) -> int:
-    """How many value heads of a key head fill the lanes, if they can."""
-    heads = LANES // values if values <= LANES and LANES % values == 0 else 1
-    fits = (value_heads // key_heads) % heads == 0 and not (g is not None and g.ndim == 4)
-    return heads if fits else 1
 
 
 def _padded(x, multiples: dict[int, int]):

@@ -12,6 +12,12 @@ TPU_CHUNK, TPU_LANES = 128, 128
 MANY_TOKENS = Condition(f"more than {FEW_TOKENS} tokens", lambda f: f.T > FEW_TOKENS)
 
 
+def tpu_heads_side_by_side(heads: int, values: int, decay: str) -> int:
+    """How many of the value heads of a key head share the lanes of a TPU register, if they can."""
+    fit = TPU_LANES // values if TPU_LANES % values == 0 else 1
+    return fit if heads % fit == 0 and decay != "vector" else 1
+
+
 def tpu_bytes(f: Facts) -> int:
     """About what the backward pass of the TPU kernel, the larger one, needs of VMEM.
 
@@ -20,13 +26,12 @@ def tpu_bytes(f: Facts) -> int:
     """
     K, V = (-(-size // TPU_LANES) * TPU_LANES for size in (f.K, f.V))
     tokens, state, size = TPU_CHUNK, K * V, 2 if f.dtype == "bfloat16" else 4
-    heads = f.N // f.H
-    if f.V < TPU_LANES and f.decay != "vector":
-        heads = max(1, heads * f.V // TPU_LANES)
+    heads = f.N // f.H // tpu_heads_side_by_side(f.N // f.H, f.V, f.decay)
     blocks = size * (tokens * (4 * K + 3 * V) + state) + 8 * heads * state
+    values = 10 * tokens * K + 6 * tokens * V + 6 * state
     if f.decay == "vector":
-        blocks += 8 * tokens * K
-    return 2 * blocks + 4 * (10 * tokens * K + 6 * tokens * V + 6 * state)
+        blocks, values = blocks + 8 * tokens * K, values + 8 * tokens * K
+    return 2 * blocks + 4 * values
 
 
 TABLE = (

@@ -1,0 +1,72 @@
+"""Small runs without a work directory, of one process and device, to compare many models."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from efficient_lm.config import Config
+from efficient_lm.data.pipeline import make_evaluation_batches, make_train_iterator
+from efficient_lm.data.tokenizers import make_tokenizer
+from efficient_lm.evaluation.perplexity import evaluate_batches
+from efficient_lm.model.definition import define
+from efficient_lm.parallel.mesh import make_mesh
+from efficient_lm.training.optimizer import make_optimizer
+from efficient_lm.training.state import make_initializer
+from efficient_lm.training.step import make_evaluation_step, make_train_step
+
+Batch = dict[str, np.ndarray]
+STEPS_AT_ONCE = 20  # in one call of the device, so that small steps do not wait for the host
+
+
+class Trained(NamedTuple):
+    """What came of a run. seconds_a_step: without compilation, the best of its calls."""
+
+    parameters: Any
+    losses: list[float]  # of each step
+    seconds_a_step: float
+
+
+def load_batches(config: Config) -> tuple[list[Batch], list[Batch]]:
+    """(the training batches of all steps, evaluation batches) of `config`, on the host."""
+    tokenizer = make_tokenizer(config.data)
+    train = list(
+        itertools.islice(make_train_iterator(config.data, tokenizer), config.training.steps)
+    )
+    limit = config.evaluation.batches
+    return train, list(make_evaluation_batches(config.data, tokenizer, limit=limit))
+
+
+def train_in_memory(config: Config, batches: Sequence[Batch]) -> Trained:
+    """Train on these batches, one a step, and keep the last parameters."""
+    # So that the sums of each step are its own.
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, log_every=1))
+    mesh = make_mesh(config.parallel, jax.devices()[:1])
+    definition = define(config.model)
+    optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
+    lengths = np.asarray(make_tokenizer(config.data).byte_lengths)
+    step = make_train_step(config, definition, optimizer, mesh, lengths)
+    state = jax.jit(make_initializer(config, definition, optimizer))()
+    advance = jax.jit(lambda state, stacked: jax.lax.scan(step, state, stacked), donate_argnums=0)
+    losses, seconds = [], []
+    for start in range(0, len(batches), STEPS_AT_ONCE):
+        some = batches[start : start + STEPS_AT_ONCE]
+        stacked = {name: np.stack([batch[name] for batch in some]) for name in some[0]}
+        began = time.perf_counter()
+        state, metrics = advance(state, stacked)
+        found = jax.device_get(metrics)
+        seconds.append((time.perf_counter() - began) / len(some))
+        losses += (found["loss_sum"] / found["weight_sum"]).tolist()
+    return Trained(state.parameters, losses, min(seconds))
+
+
+def evaluate_in_memory(config: Config, parameters: Any, batches: Iterable[Batch]) -> dict[str, Any]:
+    """loss, bits_per_byte and accuracy, as `evaluate_batches` has them, of a model of `config`."""
+    mesh = make_mesh(config.parallel, jax.devices()[:1])
+    lengths = np.asarray(make_tokenizer(config.data).byte_lengths)
+    step = jax.jit(make_evaluation_step(config, define(config.model), mesh, lengths))
+    return evaluate_batches(lambda batch: step(parameters, batch), batches)

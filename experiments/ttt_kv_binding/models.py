@@ -1,0 +1,107 @@
+"""What is compared: layers that learn at test time by one rule each, and a window of attention."""
+
+from dataclasses import asdict, dataclass
+
+from efficient_lm.config import Config, layer
+from efficient_lm.mixers.ttt import LADDER, ladder
+from efficient_lm.model.definition import define
+
+# Beside the ladder: the two probes of the paper, and what attention within the window can do alone.
+PROBES = {"ascent": {"direction": "ascent"}, "no_query": {"read_with": "key"}}
+METHODS = (*LADDER, *PROBES, "window_only")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Sizes of a model and of its training on text. chunk: also the window of attention."""
+
+    embed_dim: int
+    num_layers: int
+    head_dim: int  # of the fast weights; that of attention is `window_head_dim`
+    window_head_dim: int
+    hidden_dim: int
+    length: int
+    chunk: int
+    rows: int
+    steps: int
+    rate: float
+    evaluation_batches: int
+    inner_steps: tuple[int, ...]  # tried at test with the model of the baseline
+    seeds: tuple[int, ...] = (0,)
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of fast weights whose forms are timed: B rows of T tokens, N heads of D features."""
+
+    B: int
+    T: int
+    N: int
+    D: int
+    C: int  # tokens of a chunk
+    dtype: str
+
+
+QUALITY = {
+    "smoke": Run(16, 1, 8, 4, 32, 32, 8, 2, 4, 1e-2, 2, (1, 2)),
+    "cpu": Run(64, 2, 32, 16, 160, 256, 32, 8, 250, 1e-2, 32, (1, 2, 4, 8)),
+    "h200": Run(256, 4, 128, 64, 768, 2048, 256, 16, 200, 5e-3, 8, (1, 2, 4, 8, 16),
+                dtype="bfloat16"),
+}  # fmt: skip
+SPEED = {
+    "smoke": Layer(1, 32, 1, 4, 8, "float32"),
+    "cpu": Layer(1, 4096, 2, 32, 64, "float32"),
+    "h200": Layer(1, 32_768, 4, 384, 2048, "bfloat16"),  # LaCT-760M
+}
+
+
+def make_config(method: str, run: Run, seed: int = 0, inner_steps: int = 1) -> Config:
+    """The config of a training; models have the same number of parameters, within 8 features."""
+    missing = _count("baseline", run) - _count(method, run)
+    hidden_dim = run.hidden_dim + 8 * round(missing / (24 * run.embed_dim * run.num_layers))
+    return Config.from_dict(_fields(method, run, hidden_dim, seed, inner_steps))
+
+
+def _count(method: str, run: Run) -> int:
+    return define(Config.from_dict(_fields(method, run, run.hidden_dim, 0, 1)).model).count()
+
+
+def _fields(method: str, run: Run, hidden_dim: int, seed: int, inner_steps: int) -> dict:
+    if method == "window_only":
+        heads = run.embed_dim // run.window_head_dim
+        one = layer("attention", num_heads=heads, window=run.chunk)
+    else:
+        rule = PROBES[method] if method in PROBES else ladder(method)
+        one = layer(
+            "ttt",
+            num_heads=run.embed_dim // run.head_dim,
+            chunk_size=run.chunk,
+            window=run.chunk,
+            window_head_dim=run.window_head_dim,
+            inner_steps=inner_steps,
+            **rule,
+        )
+    schedule = {"name": "wsd", "warmup_steps": max(1, run.steps // 20), "decay_fraction": 0.5,
+                "final_fraction": 0.0}  # fmt: skip
+    return {
+        "model": {
+            "embed_dim": run.embed_dim,
+            "num_layers": run.num_layers,
+            "max_length": run.length,
+            "layers": (one,),
+            "ffns": {"dense": {"hidden_dim": hidden_dim}},
+            "dtype": run.dtype,
+        },
+        "data": {"sequence_length": run.length, "batch_size": run.rows,
+                 "mask_across_documents": False},
+        "optimizer": {"name": "muon", "learning_rate": run.rate, "schedule": schedule},
+        "training": {"steps": run.steps, "seed": seed},
+        "evaluation": {"batches": run.evaluation_batches},
+        "parallel": {"data": 1},
+    }  # fmt: skip
+
+
+def settings(arm: str) -> dict:
+    """The sizes of an arm, for the JSON."""
+    return {"quality": asdict(QUALITY[arm]), "speed": asdict(SPEED[arm])}

@@ -1,0 +1,58 @@
+"""Tokens/s of the fast weights alone, one chunk after the other and all at once."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from models import Layer
+
+from efficient_lm.mixers import fast_weights
+from efficient_lm.mixers.fast_weight_rows import read_rows
+from efficient_lm.mixers.fast_weights import Chunk, Rule
+from efficient_lm.mixers.ttt import LADDER, ladder
+from pallas_kernels._core.timing import measure
+
+
+def rows(size: Layer, repeats: int) -> Iterator[dict]:
+    """A row for each step of the ladder, form, and forward or forward with backward."""
+    for step in LADDER:
+        rule = Rule(**ladder(step))
+        initial, query, chunk = draw(rule, size)
+        start = fast_weights.nothing_learned(rule, initial, size.B)
+        for form in ("sequential", "parallel") if rule.is_linear else ("sequential",):
+
+            def read(initial, query, chunk, rule=rule, form=form, start=start):
+                return read_rows(rule, form, size.C, initial, start, query, chunk)
+
+            def gradient(*arrays, read=read):
+                total = lambda *arrays: jnp.sum(read(*arrays).astype(jnp.float32))  # noqa: E731
+                return jax.grad(total, argnums=(0, 1, 2))(*arrays)
+
+            for what, function in {"forward": read, "forward and backward": gradient}.items():
+                timing = measure(jax.jit(function), initial, query, chunk, repeats=repeats)
+                yield {
+                    "part": "speed", "method": step, "form": form, "what": what,
+                    "milliseconds": round(timing.median, 3),
+                    "tokens_per_second": round(1e3 * size.B * size.T / timing.median),
+                }  # fmt: skip
+
+
+def draw(rule: Rule, size: Layer):
+    """(initial weights, queries, keys and values with their rates) of norm-one keys."""
+    keys = iter(jax.random.split(jax.random.key(0), 10))
+    tokens = (size.B, size.T, size.N)
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    names = ["last"] if rule.features == "identity" else ["last", "in", "gate"]
+    initial = {name: normal(size.N, size.D, size.D) * size.D**-0.5 for name in names}
+    query, key = (normal(*tokens, size.D) * size.D**-0.5 for _ in range(2))
+    rates = 3 if rule.update == "all" else 1
+    chunk = Chunk(
+        key.astype(size.dtype),
+        normal(*tokens, size.D).astype(size.dtype),
+        jnp.full((*tokens, rates), 1e-3) if rule.learned_rate else None,
+        jnp.full(tokens, 0.5) if rule.momentum else None,
+    )
+    return initial, query.astype(size.dtype), chunk

@@ -201,13 +201,14 @@ class TTT(nnx.Module):
         query = key if options.read_with == "key" else feature("query")
         rate = share = None
         if options.learned_rate:
-            rate = jax.nn.softplus(projected["rate"] + self.rate_bias[...][None, None])
+            rate = jax.nn.softplus(
+                projected["rate"] + cast(self.rate_bias, jnp.float32)[None, None]
+            )
         if options.momentum:
             share = jax.nn.sigmoid(projected["share"])
         chunk = Chunk(key, jax.nn.silu(projected["value"]), rate, share)
-        initial = {"last": self.fast_last[...]}
-        if options.features == "gated":
-            initial |= {"in": self.fast_in[...], "gate": self.fast_gate[...]}
+        names = ["last"] if options.features == "identity" else ["last", "in", "gate"]
+        initial = {name: cast(getattr(self, f"fast_{name}"), jnp.float32) for name in names}
         segments, batch, length = context.segment_ids, query.shape[0], query.shape[1]
         start = fast_weights.nothing_learned(options, initial, batch)
         if state is None and segments is None:

@@ -136,11 +136,12 @@ class TwoMamba(nnx.Module):
                 new[name] = kept
         query, key, value = convolved
         if hasattr(self, "step"):
-            step = jax.nn.softplus(projected["step"] + self.step_bias[...][None, None])
+            bias = cast(self.step_bias, jnp.float32)
+            step = jax.nn.softplus(projected["step"] + bias[None, None])
         if self.options.decay == "softplus":
             log_decay = -jax.nn.softplus(projected["decay"])
         else:
-            log_decay = -jnp.exp(self.log_rate[...])[None, None] * step
+            log_decay = -jnp.exp(cast(self.log_rate, jnp.float32))[None, None] * step
         if self.options.score == "exponential":
             mixed, cache = self._exponential(query, key, value, log_decay, context, state)
             return mixed, None if state is None else new | cache, {}
@@ -201,7 +202,7 @@ class TwoMamba(nnx.Module):
         sums = jnp.einsum(
             "bnts,bsnh->btnh", weights, with_ones(values), preferred_element_type=jnp.float32
         )
-        return normalized(sums).astype(query.dtype), cache
+        return normalized(sums, query.shape[3]).astype(query.dtype), cache
 
     def output(
         self, mixed: Float[Array, "B T N H"], projected: dict[str, Array], context: Context

@@ -29,7 +29,7 @@ def second_order_attention(q, k, v, g, *, scale, initial_state, documents, chunk
     wide = wide_type(v)
     precision = "highest" if v.dtype == wide else "high"  # TF32 keeps more than bf16 inputs have
     q, k, v, g, index = make_terms(q, k, v, g, documents)
-    heads = [_cut(x, 2, size) for x in (q, k, with_ones(v), g)]
+    heads = [_cut(x, 2, size) for x in (q, k, with_ones(v, multiple=8), g)]
     index = _cut(jnp.pad(index, ((0, 0), (0, -T % size)), mode="edge"), 1, size)
     causal = jnp.tril(jnp.ones((size, size), bool))
 
@@ -54,15 +54,18 @@ def second_order_attention(q, k, v, g, *, scale, initial_state, documents, chunk
         added = features(scale * k.astype(wide)) * to_end[..., None]
         state = kept[:, :, -1, None, None] * state
         state = state + product("bnjp,bnjv->bnpv", added, v1.astype(wide))
-        return (state, index[:, -1]), normalized(out).astype(v1.dtype)
+        return (state, index[:, -1]), normalized(out, v.shape[3]).astype(v1.dtype)
 
+    columns = heads[2].shape[-1]
     if initial_state is None:
-        sizes = (*q.shape[:2], feature_count(q.shape[3]), v.shape[3] + 1)
+        sizes = (*q.shape[:2], feature_count(q.shape[3]), columns)
         initial_state = jnp.zeros(sizes, wide)
+    short = columns - initial_state.shape[3]
+    initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, 0), (0, short)))
     carry = (initial_state.astype(wide), jnp.zeros(q.shape[0], jnp.int32))
     (state, _), out = jax.lax.scan(step, carry, (*heads, index))
     out = jnp.moveaxis(out, (0, 3), (1, 2))  # [B, chunks, C, N, V]
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :T], state
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :T], state[..., : v.shape[3] + 1]
 
 
 def _cut(x, axis, size):

@@ -36,4 +36,4 @@ def second_order_attention(q, k, v, g, *, scale, initial_state, documents):
         initial_state = jnp.zeros(sizes, wide)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (q, k, with_ones(v), keep))
     state, sums = jax.lax.scan(step, initial_state.astype(wide), tokens)
-    return jnp.moveaxis(normalized(sums), 0, 1), state
+    return jnp.moveaxis(normalized(sums, v.shape[3]), 0, 1), state

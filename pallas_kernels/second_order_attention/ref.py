@@ -48,4 +48,4 @@ def second_order_attention(
         seen = jnp.einsum("bnip,bnpv->bniv", features(q), initial_state, precision="highest")
         sums = sums + kept[..., None] * seen
         state = state + kept[:, :, -1, None, None] * initial_state
-    return jnp.moveaxis(normalized(sums), 2, 1), state
+    return jnp.moveaxis(normalized(sums, v.shape[3]), 2, 1), state

@@ -35,7 +35,7 @@ def decayed_attention(
     precision = "highest" if v.dtype == wide else "high"
     real = jnp.ones((1, T), bool) if documents is None else documents.real
     q, k, v, g, index = make_terms(q, k, v, g, documents)
-    place, v1 = jnp.arange(T), with_ones(v)
+    place, v1 = jnp.arange(T), with_ones(v, multiple=8)
 
     def product(form, x, y):
         return jnp.einsum(form, x, y, preferred_element_type=wide, precision=precision)
@@ -60,7 +60,8 @@ def decayed_attention(
             logits = scores + log_decay
             highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
             weights = jnp.exp(logits - jnp.maximum(highest, jnp.finfo(wide).min))
-        return normalized(product("bnij,bnjv->bniv", weights.astype(v1.dtype), v1))
+        sums = product("bnij,bnjv->bniv", weights.astype(v1.dtype), v1)
+        return normalized(sums, v.shape[3])
 
     out = jax.lax.map(block, jnp.arange(0, T, size))
     out = jnp.moveaxis(out, (0, 3), (1, 2))  # [B, blocks, queries, N, V]

@@ -84,11 +84,15 @@ def make_terms(q, k, v, g, documents: Documents | None) -> Terms:
     return Terms(*(jnp.moveaxis(x, 1, 2) for x in (q, k, v, g)), index)
 
 
-def with_ones(v: Float[Array, "*tokens V"]) -> Float[Array, "*tokens V1"]:
-    """Values and a column of ones, whose weighted sum is the sum of the weights."""
-    return jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
+def with_ones(v: Float[Array, "*tokens V"], multiple: int = 1) -> Float[Array, "*tokens V1"]:
+    """Values, a column of ones, whose weighted sum is the sum of the weights, and zeros.
+
+    The number of columns is a multiple of `multiple`: matrix units read rows of 8 numbers.
+    """
+    zeros = jnp.zeros((*v.shape[:-1], -(v.shape[-1] + 1) % multiple), v.dtype)
+    return jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype), zeros], axis=-1)
 
 
-def normalized(sums: Float[Array, "*tokens V1"]) -> Float[Array, "*tokens V"]:
-    """Weighted sums of values over the sum of the weights, which is at least SMALLEST_SUM."""
-    return sums[..., :-1] / jnp.maximum(sums[..., -1:], SMALLEST_SUM)
+def normalized(sums: Float[Array, "*tokens V1"], size: int) -> Float[Array, "*tokens V"]:
+    """Weighted sums of `size` values over the sum of the weights, at least SMALLEST_SUM."""
+    return sums[..., :size] / jnp.maximum(sums[..., size : size + 1], SMALLEST_SUM)

@@ -52,7 +52,7 @@ DECODE = {
     "smoke": (TINY, [8, 64], ["attention", "gated_deltanet"], 1),
     "gpu": (
         Shape(embed_dim=2048, num_layers=16, hidden_dim=6144, vocabulary_size=32_768, head_dim=128,
-              length=2048, rows=4, dtype="bfloat16"),
+              length=2048, rows=2, dtype="bfloat16"),
         [1024, 65_536], ["gated_deltanet", "attention", "hybrid"], 4,
     ),
 }  # fmt: skip

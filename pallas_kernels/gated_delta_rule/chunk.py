@@ -24,18 +24,19 @@ SUBLANES = 8  # rows of a TPU's registers, which reshapes must leave together
 
 
 class Parts(NamedTuple):
-    """What a chunk's tokens do to whatever state comes in, beside v and beta.
+    """What a chunk's tokens do to whatever state comes in, beside v.
 
     read: scale exp(G) q, of the incoming state. predict: exp(G) k, the same for the prediction.
     write: exp(G_C - G) k. keep: exp(G_C), by rows of the state. scores: of queries on keys, with
-    decay, causal. inverse: (I + L)^-1, where L_ij = beta_i k_i k_j exp(G_i - G_j), j < i.
+    decay, causal. correct: (I + L)^-1 diag(beta), where L_ij = beta_i k_i k_j exp(G_i - G_j) for
+    j < i: from the errors of predictions by the incoming state to what the tokens write.
     """
 
     read: Float[Array, "C K"]
     predict: Float[Array, "C K"]
     write: Float[Array, "C K"]
     scores: Float[Array, "C C"]
-    inverse: Float[Array, "C C"]
+    correct: Float[Array, "C C"]
     keep: Float[Array, "k 1"]
 
 
@@ -67,14 +68,14 @@ def prepare(q, k, G, beta, documents, *, scale: float, dtype, invert: Callable) 
     # Exponents that are always 0 are left out: their gradient would be the others' rounding.
     out_of = jnp.where(is_last, 1.0, masked_exp(end - G, to_end))
     self = jnp.where(row == column, jnp.sum(q * k, axis=1, keepdims=True), 0.0)
-    inverse = unit_lower_inverse(as_column(beta) * k_k, invert)
-    return Parts(scale * into * q, into * k, out_of * k, scale * (q_k + self), inverse, keep)
+    correct = unit_lower_inverse(as_column(beta) * k_k, invert) * beta
+    return Parts(scale * into * q, into * k, out_of * k, scale * (q_k + self), correct, keep)
 
 
-def advance(state, parts: Parts, v, beta, dtype):
-    """(state after the chunk, o [C, V]) for the state before it, v [C, V] and beta [1, C]."""
-    error = as_column(beta) * (v - dot(parts.predict, state, "nn", dtype))
-    written = dot(parts.inverse, error, "nn", dtype)
+def advance(state, parts: Parts, v, dtype):
+    """(state after the chunk, o [C, V]) for the state [K, V] before it and v [C, V]."""
+    error = v - dot(parts.predict, state, "nn", dtype)
+    written = dot(parts.correct, error, "nn", dtype)
     o = dot(parts.read, state, "nn", dtype) + dot(parts.scores, written, "nn", dtype)
     return parts.keep * state + dot(parts.write, written, "tn", dtype), o
 

@@ -153,9 +153,7 @@ def advance(sizes: Sizes, tokens: dict, states: list, documents) -> tuple[list, 
             dtype=jnp.dtype(sizes.dtype),
             invert=invert,
         )
-        state, o = chunk.advance(
-            states[head], parts, tokens["v"][head], tokens["beta"][head], jnp.dtype(sizes.dtype)
-        )
+        state, o = chunk.advance(states[head], parts, tokens["v"][head], jnp.dtype(sizes.dtype))
         new_states.append(state)
         outputs.append(o)
     return new_states, outputs

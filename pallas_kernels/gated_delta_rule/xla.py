@@ -84,7 +84,7 @@ def _rule(chunks: Chunks, state, scale: float):
     def step(state, chunk):
         return _advance(state, *chunk)
 
-    state, o = jax.lax.scan(step, state, (parts, chunks.v, chunks.beta))
+    state, o = jax.lax.scan(step, state, (parts, chunks.v))
     return o.astype(chunks.v.dtype), state
 
 
@@ -108,13 +108,11 @@ def _rule_backward(scale, residuals, cotangents):
         d_state, *d_chunk = pull((d_state, d_o.astype(jnp.float32)))
         return d_state, d_chunk
 
-    _, states = jax.lax.scan(step, state, (parts, v, beta))
-    d_state, (d_parts, d_v, d_beta) = jax.lax.scan(
-        back, d_state, (d_o, states, parts, v, beta), reverse=True
-    )
-    d_q, d_k, d_G, d_beta_parts = pull(d_parts)
+    _, states = jax.lax.scan(step, state, (parts, v))
+    d_state, (d_parts, d_v) = jax.lax.scan(back, d_state, (d_o, states, parts, v), reverse=True)
+    d_q, d_k, d_G, d_beta = pull(d_parts)
     d_documents = None if documents is None else jnp.zeros_like(documents)
-    return Chunks(d_q, d_k, d_v, d_G, d_beta + d_beta_parts, d_documents), d_state
+    return Chunks(d_q, d_k, d_v, d_G, d_beta, d_documents), d_state
 
 
 _rule.defvjp(_rule_forward, _rule_backward)
@@ -135,15 +133,15 @@ def _parts(q, k, G, beta, documents, scale: float) -> chunk.Parts:
     return chunk.Parts(*(x.astype(q.dtype) for x in parts[:-1]), parts.keep)
 
 
-def _advance(state, parts: chunk.Parts, v, beta):
+def _advance(state, parts: chunk.Parts, v):
     """`chunk.advance` for all heads of one chunk."""
 
-    def advance(state, parts, v, beta):
-        return chunk.advance(state, parts, v.astype(jnp.float32), beta, v.dtype)
+    def advance(state, parts, v):
+        return chunk.advance(state, parts, v.astype(jnp.float32), v.dtype)
 
     for _ in range(3):  # r, H, B
         advance = jax.vmap(advance)
-    return advance(state, parts, v, beta)
+    return advance(state, parts, v)
 
 
 def _invert(lower):

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from efficient_lm.mixers.recurrent import kept_inputs
+
 
 def elu(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
     """elu(x) + 1, which is above 0 (arXiv 2006.16236, eq. 7)."""
@@ -18,7 +20,7 @@ def squared_relu(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
     return jnp.square(jax.nn.relu(x))
 
 
-@jax.checkpoint  # which keeps x for the backward pass, and nothing in fp32
+@kept_inputs
 def hedgehog(
     x: Float[Array, "B T N K"], matrix: Float[Array, "N K K"]
 ) -> Float[Array, "B T N 2*K"]:
@@ -66,8 +68,7 @@ def performer(
         dots = jnp.einsum("btnk,fk->btnf", x, directions, precision="highest")
         return dots - 0.5 * jnp.sum(x * x, axis=-1, keepdims=True)
 
-    # Again in the backward pass, which so keeps nothing in fp32.
-    @jax.checkpoint
+    @kept_inputs
     def features(x, largest):
         return jnp.exp(exponents(x) - largest[..., None]).astype(x.dtype)
 

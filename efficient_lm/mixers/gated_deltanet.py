@@ -132,13 +132,13 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "B T N V"], Any, dict]:
         """Convolutions over time, keys of norm 1, then the gated delta rule of each head."""
         (query, key, value), new = recurrent.convolve(
-            self, ("query", "key", "value"), projected, context, state
+            self, ("query", "key", "value"), projected, context, state, unit=("query", "key")
         )
         beta = jax.nn.sigmoid(projected["beta"].astype(jnp.float32))
         memory, segment = recurrent.memory_for(state, context.segment_ids)
         mixed, memory = pallas_kernels.gated_delta_rule(
-            recurrent.unit_norm(query),
-            recurrent.unit_norm(key),
+            query,
+            key,
             value,
             self.log_decay(projected["step"]) if self.options.decay else None,
             2.0 * beta if self.options.negative_eigenvalues else beta,

@@ -136,8 +136,7 @@ class Mamba2(nnx.Module):
         """Per token: gate by SiLU, RMSNorm, then the output matrix."""
         groups = self.options.num_groups if self.options.joins_heads else mixed.shape[2]
 
-        # Only the arguments are kept for the backward pass, not what is in fp32.
-        @jax.checkpoint
+        @recurrent.kept_inputs
         def gated(mixed, gate, scale):
             y = mixed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
             mean_square = jnp.mean(y * y, axis=-1)  # of each head, then of each group

@@ -1,5 +1,6 @@
 """What recurrent mixers share: projections, the parameters of a decay, norms, and their memory."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ from jaxtyping import Array, Float, Int
 from efficient_lm.mixers.short_convolution import short_convolution
 from efficient_lm.model.context import Context
 from efficient_lm.model.parameter import cast, parameter
+
+# Keeps the inputs of a function for the backward pass, and nothing that it computes in fp32. Where
+# the compiler still has the latter, it may use it.
+kept_inputs = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def project(
@@ -57,28 +62,40 @@ def convolve(
     projected: Mapping[str, Array],
     context: Context,
     state: Mapping[str, Any] | None,
+    unit: Sequence[str] = (),
 ) -> tuple[list[Array], dict[str, Any]]:
     """SiLU of the short convolutions of these entries, and the new state of each by name.
 
     `mixer` has their weights as NAME_convolution, and may have biases as NAME_convolution_bias.
+    unit: those whose heads are then brought to norm 1.
     """
     convolved, new = [], {}
     for name in names:
+
+        @kept_inputs
+        def run(x, weight, bias, state, name=name):
+            y, state = short_convolution(
+                x,
+                weight,
+                bias=bias,
+                activation=jax.nn.silu,
+                segment_ids=context.segment_ids,
+                state=state,
+                fresh=context.fresh,
+            )
+            return unit_norm(y) if name in unit else y, state
+
         bias = getattr(mixer, f"{name}_convolution_bias", None)
-        y, new[name] = short_convolution(
+        y, new[name] = run(
             projected[name],
             getattr(mixer, f"{name}_convolution")[...],
-            bias=None if bias is None else bias[...],
-            activation=jax.nn.silu,
-            segment_ids=context.segment_ids,
-            state=None if state is None else state[name],
-            fresh=context.fresh,
+            None if bias is None else bias[...],
+            None if state is None else state[name],
         )
         convolved.append(y)
     return convolved, new
 
 
-@jax.checkpoint  # which keeps x for the backward pass, and nothing in fp32
 def unit_norm(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """x / sqrt(|x|^2 + 1e-6) for each head, in fp32; finite gradients where x is zero."""
     wide = x.astype(jnp.float32)
@@ -95,8 +112,7 @@ def gated_norm(
 ) -> Float[Array, "B T N H"]:
     """x / rms(x) * scale * activation(gate) for each head, in fp32."""
 
-    # Only the arguments are kept for the backward pass, not what is in fp32.
-    @jax.checkpoint
+    @kept_inputs
     def run(x, scale, gate):
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)

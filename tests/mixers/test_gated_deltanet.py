@@ -164,6 +164,21 @@ def test_policies_can_keep_what_the_kernel_gave_and_little_else(x):
     assert kept["mixer"] == [(1, LENGTH, 4, 6), x.shape]
 
 
+def test_without_a_policy_nothing_in_fp32_is_kept_of_each_feature(x):
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    mixer = GatedDeltaNet(model, GatedDeltaNetOptions(**SIZES), nnx.Rngs(0))
+
+    def layer(x):
+        mixed, projected = run_core(mixer, x)
+        return mixer.output(mixed, projected, CONTEXT)
+
+    arrays = jax.tree.leaves(jax.vjp(layer, x.astype(jnp.bfloat16))[1])
+    kept = [a for a in arrays if getattr(a, "shape", ())[:2] == (1, LENGTH) and a.ndim == 4]
+    # q, k, v and gate as projected, and what the kernel gave; it keeps its inputs in chunks.
+    assert len({id(a) for a in kept}) == 5
+    assert {a.dtype for a in kept} == {jnp.dtype("bfloat16")}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,6 +13,7 @@ from pallas_kernels._hopper.scan import scan
 from pallas_kernels._hopper.tiles import CHUNK, TILE
 
 MOST_PIECES = 8  # of a row
+LEAST = -60.0  # log decay, after which nothing is left; of minus infinity there are no differences
 SMALLEST = 1e-15  # of beta, by whose square the backward pass divides
 
 
@@ -134,7 +135,7 @@ def arranged(q, k, v, g, beta, initial_state, documents):
     if documents is not None:
         documents = jnp.pad(documents, ((0, 0), (0, length - documents.shape[1])), mode="edge")
     q, k, v = (padded(x, length) for x in (q, k, v))
-    g = jnp.swapaxes(padded(g, length), 1, 2)
+    g = jnp.swapaxes(padded(jnp.maximum(g, LEAST), length), 1, 2)
     if beta is not None:
         beta = jnp.swapaxes(padded(beta, length), 1, 2)
         beta = jnp.where(jnp.abs(beta) < SMALLEST, SMALLEST, beta)

@@ -105,6 +105,7 @@ class LinearAttention(nnx.Module):
 
     Options = LinearAttentionOptions
     head_axes: ClassVar = dict.fromkeys(("query", "key", "value", "gate", "decay"), "heads")
+    core_reads = ("query", "key", "value")  # and "decay" where it is of the token
     has_ring = False
 
     def __init__(self, model: ModelConfig, options: LinearAttentionOptions, rngs: nnx.Rngs):
@@ -115,7 +116,6 @@ class LinearAttention(nnx.Module):
         keys = each_head | {"head_dim": key_dim}
         values = each_head | {"head_dim": value_dim}
         entries = {"query": keys, "key": keys, "value": values}
-        self.core_reads = tuple(entries)
 
         def projection(sizes, source="embed"):
             width = {source: model.embed_dim if source == "embed" else options.decay_rank}

@@ -190,12 +190,11 @@ class TTT(nnx.Module):
         options, size = self.options, self.options.chunk_size
 
         def feature(name):
-            y = (
-                projected[name]
-                * cast(getattr(self, f"{name}_scale"), projected[name].dtype)[None, None]
+            scale, offset = (
+                cast(getattr(self, f"{name}_{part}"), projected[name].dtype)[None, None]
+                for part in ("scale", "offset")
             )
-            y = y + cast(getattr(self, f"{name}_offset"), y.dtype)[None, None]
-            return recurrent.unit_norm(jax.nn.silu(y))
+            return recurrent.unit_norm(jax.nn.silu(projected[name] * scale + offset))
 
         key = feature("key")
         query = key if options.read_with == "key" else feature("query")

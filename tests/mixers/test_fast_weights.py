@@ -12,6 +12,7 @@ from efficient_lm.config import Config, ModelConfig, layer
 from efficient_lm.errors import ConfigError
 from efficient_lm.mixers import fast_weights
 from efficient_lm.mixers.document_chunks import make_layout
+from efficient_lm.mixers.fast_weight_rows import read_rows
 from efficient_lm.mixers.fast_weights import Chunk, Rule, Steps, apply, hidden
 from efficient_lm.mixers.ttt import LADDER, TTTOptions, ladder
 from pallas_kernels._core.recurrence import documents
@@ -204,6 +205,23 @@ def test_more_inner_steps_lower_the_inner_loss(rng):
         losses.append(-float(jnp.sum(apply(weights, chunk.key) * chunk.value)))
         rng = np.random.default_rng(0)
     assert losses[1] < losses[0]
+
+
+def test_a_chunk_is_read_with_what_the_chunks_before_it_left(rng):
+    rule = rule_of("no_muon")
+    initial, steps = make(rng, rule)
+    start = fast_weights.nothing_learned(rule, initial, B)
+    query, key, value = (x.reshape(B, M * C, N, K) for x in (steps.queries, *steps.chunks[:2]))
+
+    @jax.jit
+    def read(value):
+        chunk = Chunk(key, value, None, None)
+        return read_rows(rule, "auto", C, initial, start, query, chunk)
+
+    before = read(value)
+    after = read(value.at[:, C + 1].add(1.0))  # a token of the second chunk
+    np.testing.assert_array_equal(after[:, : 2 * C], before[:, : 2 * C])
+    assert np.all(np.abs(after[:, 2 * C :] - before[:, 2 * C :]).max(axis=(2, 3)) > 1e-3)
 
 
 def test_chunks_are_counted_from_the_start_of_each_document():

@@ -1,6 +1,6 @@
 """What is compared: layers that learn at test time by one rule each, and a window of attention."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from efficient_lm.config import Config, layer
 from efficient_lm.mixers.ttt import LADDER, ladder
@@ -100,8 +100,3 @@ def _fields(method: str, run: Run, hidden_dim: int, seed: int, inner_steps: int)
         "evaluation": {"batches": run.evaluation_batches},
         "parallel": {"data": 1},
     }  # fmt: skip
-
-
-def settings(arm: str) -> dict:
-    """The sizes of an arm, for the JSON."""
-    return {"quality": asdict(QUALITY[arm]), "speed": asdict(SPEED[arm])}

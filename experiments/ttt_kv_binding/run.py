@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 
 import jax
 import speed
-from models import METHODS, QUALITY, SPEED, Run, make_config, settings
+from models import METHODS, QUALITY, SPEED, Run, make_config
 
 from efficient_lm.model.definition import define
 from efficient_lm.training.in_memory import evaluate_in_memory, load_batches, train_in_memory
@@ -64,6 +65,7 @@ def main() -> None:
                         default=["speed", "quality"])  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--steps", type=int, help="default: those of the arm")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the arm")
     parser.add_argument(
         "--at_once", type=int, default=1,
         help="models trained at the same time, so that compilations overlap",
@@ -75,13 +77,13 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
-        "settings": settings(given.arm),
+        "settings": {"speed": asdict(SPEED[given.arm])},
         "rows": [],
     }
     run = QUALITY[given.arm]
-    if given.steps:
-        run = Run(**vars(run) | {"steps": given.steps})
-        values["settings"]["quality"]["steps"] = given.steps
+    changes = {"steps": given.steps, "seeds": given.seeds}
+    run = replace(run, **{name: value for name, value in changes.items() if value})
+    values["settings"]["quality"] = asdict(run)
     for part in given.parts:
         if part == "speed":
             rows = speed.rows(SPEED[given.arm], 1 if given.arm == "smoke" else 10)

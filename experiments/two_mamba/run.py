@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -83,8 +84,7 @@ def main() -> None:
     }
     for part in given.parts:
         run = ARMS[given.arm][part]
-        if given.steps:
-            run = Run(**vars(run) | {"steps": given.steps})
+        run = replace(run, steps=given.steps or run.steps)
         values["runs"][part] = vars(run)
         batches = load(run)
         with ThreadPoolExecutor(given.at_once) as pool:

@@ -296,6 +296,53 @@ def recurrences() -> str:
     return table(header, rows, left=3)
 
 
+def mixers() -> str:
+    """What models of one size with different mixers learn: text, and recall by number of pairs."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results("experiments/gated_deltanet/results/*.json"):
+        for row in result["rows"]:
+            if row["what"] in ("language", "recall") and "error" not in row:
+                entry = found.setdefault((device(result), row["mixer"]), {"from": {}})
+                entry[row["what"]] = row
+                entry["from"][source(result)] = None
+    rows = []
+    for (where, mixer), entry in found.items():
+        recall = entry.get("recall", {"accuracy": {}})
+        accuracy = ", ".join(f"{pairs}: {a:.3f}" for pairs, a in recall["accuracy"].items())
+        rows.append((
+            where, mixer, accuracy or "-", number(recall.get("memory_bytes"), ","),
+            number(entry.get("language", {}).get("bits_per_byte"), ".3f"), ", ".join(entry["from"]),
+        ))  # fmt: skip
+    header = ("device", "mixer", "recall by pairs", "memory bytes", "bits per byte", "from")
+    return table(header, rows, left=3)
+
+
+def mixer_speed() -> str:
+    """Training steps and decoding of models of one size with different mixers, by length."""
+    rows = []
+    for result in results("experiments/gated_deltanet/results/gpu*.json"):
+        speeds = [row for row in result["rows"] if row["what"] in ("speed", "decode")]
+        for row in sorted(speeds, key=lambda row: row.get("length", row.get("context"))):
+            length = row.get("length", row.get("context"))
+            start = (device(result), {"speed": "training"}.get(row["what"], "decoding"))
+            if "error" in row:
+                rows.append((*start, row["mixer"], f"{length:,}", short(row["error"], 40), "-", "-",
+                             source(result)))  # fmt: skip
+                continue
+            rate = row["tokens_per_second"]
+            full = [r["tokens_per_second"] for r in speeds
+                    if (r["mixer"], r["what"]) == ("attention", row["what"]) and "error" not in r
+                    and r.get("length", r.get("context")) == length]  # fmt: skip
+            rows.append((
+                *start, row["mixer"], f"{length:,}", number(rate, ",.0f"),
+                number(rate / full[-1] if full else None, ".2f", "x"),
+                number(row.get("state_bytes"), ","), source(result),
+            ))  # fmt: skip
+    header = ("device", "what", "mixer", "tokens", "tokens/s", "of attention's", "state bytes",
+              "from")  # fmt: skip
+    return table(header, rows, left=3)
+
+
 def explanation() -> str:
     """What `explain` says on a CPU."""
     import jax
@@ -319,6 +366,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "long_context": long_context,
     "fsdp_scaling": fsdp_scaling,
     "recurrences": recurrences,
+    "mixers": mixers,
+    "mixer_speed": mixer_speed,
     "configs": configs,
     "explanation": explanation,
 }

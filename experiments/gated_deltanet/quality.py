@@ -64,7 +64,7 @@ def prepare_language(task: Task, mixer: str) -> Callable[[], dict]:
     programs = training.make_programs(config)
     stacks, held_out = text_batches(task), text_evaluation(task)
     began = time.perf_counter()
-    run = programs.compile(np.int32(0), np.float32(0), stacks[0], held_out[0])
+    run = programs.compile(np.float32(0), stacks[0], held_out[0])
     compile_seconds = time.perf_counter() - began
 
     def row() -> dict:
@@ -96,14 +96,14 @@ def prepare_recall(task: Task, mixer: str) -> Callable[[], dict]:
     Its row has the accuracy for each number of pairs.
     """
     config = make_config(task, mixer)
-    programs = training.make_programs(config).vmapped()
+    programs = training.make_programs(config)
     stacks = recall_batches(task)
     held_out = {p: recall_rows(task, p, "valid", 0, task.evaluation_rows) for p in task.pairs}
     members = list(itertools.product(task.rates, task.seeds))
     rates = np.array([rate for rate, _ in members], np.float32)
     seeds = np.array([seed for _, seed in members], np.int32)
     began = time.perf_counter()
-    run = programs.compile(seeds, rates, stacks[0], held_out[task.pairs[0]])
+    run = programs.compile(rates, stacks[0], held_out[task.pairs[0]], len(members))
     compile_seconds = time.perf_counter() - began
 
     def row() -> dict:

@@ -26,7 +26,6 @@ class Ready:
     """A compiled step, and what it starts from."""
 
     initial: Any
-    shardings: Any
     step: Any
     batch: dict[str, np.ndarray]
     mesh: Any
@@ -69,19 +68,20 @@ def prepare(config: Config) -> Ready:
     batch = random_batch(config)
     placed = jax.eval_shape(lambda: batch)
     compiled = jax.jit(step, donate_argnums=0).lower(abstract, placed).compile()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = jax.jit(initial, out_shardings=shardings).lower().compile()
     analysis = compiled.memory_analysis()
     row = {
         "parameters": definition.count(),
         "compile_seconds": round(time.perf_counter() - began, 1),
         "temporary_bytes": int(analysis.temp_size_in_bytes),
     }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return Ready(initial, shardings, compiled, batch, mesh, row)
+    return Ready(start, compiled, batch, mesh, row)
 
 
 def measure(ready: Ready, steps: int) -> dict[str, Any]:
     """Seconds a step: the median of `steps` after one that warms up."""
-    state = jax.jit(ready.initial, out_shardings=ready.shardings)()
+    state = ready.initial()
     batch = place_batch(ready.batch, ready.mesh)
     times = []
     for _ in range(steps + 1):

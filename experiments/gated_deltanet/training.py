@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from efficient_lm.config import Config
-from efficient_lm.model.definition import define, initialize
+from efficient_lm.model.definition import define
 from efficient_lm.parallel.mesh import make_mesh
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.state import TrainState, make_initializer
@@ -25,17 +25,26 @@ class Programs(NamedTuple):
     evaluate: Callable  # (state, batch) -> sums
     parameters: int
 
-    def vmapped(self) -> "Programs":
-        """The same for several seeds and as many rates at once, on the same batches."""
-        begin, evaluate = jax.vmap(self.begin), jax.vmap(self.evaluate, (0, None))
-        return Programs(begin, jax.vmap(self.advance, (0, 0, None)), evaluate, self.parameters)
+    def compile(self, rate, stack, batch, members: int | None = None) -> "Programs":
+        """Compiled for arguments of these shapes; `advance` takes the buffers of its state.
 
-    def compile(self, seed, rate, stack, batch) -> "Programs":
-        """Compiled for arguments of these shapes; `advance` takes the buffers of its state."""
+        members: None, or how many seeds and rates, then arrays, train together on the same batches.
+        """
+        seed, advance, evaluate = np.int32(0), self.advance, self.evaluate
         state = jax.eval_shape(self.begin, seed)
-        begin = jax.jit(self.begin).lower(seed).compile()
-        advance = jax.jit(self.advance, donate_argnums=0).lower(state, rate, stack).compile()
-        evaluate = jax.jit(self.evaluate).lower(state, batch).compile()
+        begin = start = jax.jit(self.begin).lower(seed).compile()
+        if members is not None:
+            advance, evaluate = jax.vmap(advance, (0, 0, None)), jax.vmap(evaluate, (0, None))
+            state = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), state
+            )
+
+            def begin(seeds):
+                # Not by vmap: XLA takes long to compile draws for several seeds at once.
+                return jax.tree.map(lambda *leaves: np.stack(leaves), *map(start, seeds))
+
+        advance = jax.jit(advance, donate_argnums=0).lower(state, rate, stack).compile()
+        evaluate = jax.jit(evaluate).lower(state, batch).compile()
         return Programs(begin, advance, evaluate, self.parameters)
 
 
@@ -53,8 +62,9 @@ def make_programs(config: Config) -> Programs:
         return optax.chain(whole, optax.scale(rate))
 
     def begin(seed):
-        state = make_initializer(config, definition, make(1.0))()
-        return dataclasses.replace(state, parameters=initialize(definition, jax.random.key(seed)))
+        seeded = dataclasses.replace(config.training, seed=seed)
+        seeded = dataclasses.replace(config, training=seeded)
+        return make_initializer(seeded, definition, make(1.0))()
 
     def advance(state, rate, batches):
         step = make_train_step(config, definition, make(rate), mesh, lengths)

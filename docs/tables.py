@@ -320,7 +320,7 @@ def mixers() -> str:
 def mixer_speed() -> str:
     """Training steps and decoding of models of one size with different mixers, by length."""
     rows = []
-    for result in results("experiments/gated_deltanet/results/gpu*.json"):
+    for result in results("experiments/gated_deltanet/results/*.json"):
         speeds = [row for row in result["rows"] if row["what"] in ("speed", "decode")]
         for row in sorted(speeds, key=lambda row: row.get("length", row.get("context"))):
             length = row.get("length", row.get("context"))

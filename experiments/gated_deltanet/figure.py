@@ -12,13 +12,10 @@ COLORS = {"attention": "#4c72b0", "hybrid": "#8172b3", "gated_deltanet": "#c44e5
 
 def rows_of(what: str) -> list[dict]:
     """The rows of a part, from a GPU where there are any."""
+    results = [json.loads(path.read_text()) for path in sorted(HERE.glob("results/*.json"))]
     for arm in ("gpu", "cpu"):
-        found = [
-            row
-            for path in sorted(HERE.glob(f"results/{arm}*.json"))
-            for row in json.loads(path.read_text())["rows"]
-            if row["what"] == what and "error" not in row
-        ]
+        found = [row for result in results if result["arm"] == arm for row in result["rows"]
+                 if row["what"] == what and "error" not in row]  # fmt: skip
         if found:
             return found
     return []

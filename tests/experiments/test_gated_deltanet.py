@@ -79,9 +79,15 @@ def test_a_batch_has_equal_shares_of_each_number_of_pairs(arms):
 def test_what_is_committed_keeps_to_what_is_expected():
     expected = json.loads((FOLDER / "expected.json").read_text())
     for path in FOLDER.glob("results/*.json"):
-        result = json.loads(path.read_text())
-        recall = {r["mixer"]: r["accuracy"] for r in result["rows"]
-                  if r["what"] == "recall" and "error" not in r}  # fmt: skip
+        rows = [row for row in json.loads(path.read_text())["rows"] if "error" not in row]
+        recall = {row["mixer"]: row["accuracy"] for row in rows if row["what"] == "recall"}
         means = [np.mean(list(recall[m].values())) for m in expected["recall_order"] if m in recall]
-        falls = np.diff(means)
-        assert (falls <= expected["recall_tolerance"]).all(), path.name
+        assert (np.diff(means) <= expected["recall_tolerance"]).all(), path.name
+        rates = {(row["what"], row["mixer"], row.get("length", row.get("context"))):
+                 row["tokens_per_second"] for row in rows if "tokens_per_second" in row}  # fmt: skip
+        for length, least in expected["hybrid_tokens_per_second_over_attention"].items():
+            pair = [rates.get(("speed", mixer, int(length))) for mixer in ("hybrid", "attention")]
+            assert None in pair or pair[0] >= least * pair[1], path.name
+        for mixer, least in expected["decode_tokens_per_second_at_64k_over_1k"].items():
+            pair = [rates.get(("decode", mixer, context)) for context in (65_536, 1024)]
+            assert None in pair or pair[0] >= least * pair[1], path.name

@@ -83,8 +83,11 @@ def test_what_is_committed_keeps_to_what_is_expected():
         recall = {row["mixer"]: row["accuracy"] for row in rows if row["what"] == "recall"}
         means = [np.mean(list(recall[m].values())) for m in expected["recall_order"] if m in recall]
         assert (np.diff(means) <= expected["recall_tolerance"]).all(), path.name
-        rates = {(row["what"], row["mixer"], row.get("length", row.get("context"))):
-                 row["tokens_per_second"] for row in rows if "tokens_per_second" in row}  # fmt: skip
+        rates = {
+            (row["what"], row["mixer"], row.get("length", row.get("context"))): rate
+            for row in rows
+            if (rate := row.get("tokens_per_second")) is not None
+        }
         for length, least in expected["hybrid_tokens_per_second_over_attention"].items():
             pair = [rates.get(("speed", mixer, int(length))) for mixer in ("hybrid", "attention")]
             assert None in pair or pair[0] >= least * pair[1], path.name

@@ -40,7 +40,7 @@ def main() -> None:
     heights = [row["bits_per_byte"] for row in bars]
     shown = middle.bar(names, heights, color=[COLORS[name] for name in names])
     middle.bar_label(shown, fmt="%.3f", fontsize=8)
-    middle.set(title="Python source, bits per byte", ylim=(0.8 * min(heights, default=0), None))
+    middle.set(title="Python source, bits per byte", ylim=(0, None))
     middle.tick_params("x", labelsize=8)
     speeds = rows_of("speed")
     for mixer in dict.fromkeys(row["mixer"] for row in speeds):

@@ -19,7 +19,8 @@ class Shape:
     """Sizes in features, tokens and rows; a memory of either kind has embed_dim * head_dim numbers.
 
     hidden_dim: of the feed-forward beside attention; other mixers get what makes the number of
-    parameters equal. value_groups: value heads of a key head, in the hybrid's attention reversed.
+    parameters equal. value_groups: value heads of a
+    key head, and query heads of a key-value head in the hybrid's attention.
     """
 
     embed_dim: int

@@ -146,3 +146,9 @@ def test_files_stay_under_400_lines():
         if (count := len(path.read_text().splitlines())) > 400
     ]
     assert not long, "\n".join(long)
+
+
+def test_names_of_test_files_are_unique():
+    """Without packages in tests/, pytest cannot tell two of one name apart."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

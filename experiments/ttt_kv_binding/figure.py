@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
 HERE = Path(__file__).parent
 
@@ -23,14 +22,12 @@ def main() -> None:
         rows = json.loads(path.read_text())["rows"]
         trained = [row for row in rows if row["part"] == "quality"]
         methods = list(dict.fromkeys(row["method"] for row in trained))
-        bits = [
-            np.mean([row["bits_per_byte"] for row in trained if row["method"] == method])
-            for method in methods
-        ]
-        quality.barh(methods, bits, color="C0")
-        quality.set_xlim(0.98 * min(bits), 1.01 * max(bits))
+        for method in methods:
+            bits = [row["bits_per_byte"] for row in trained if row["method"] == method]
+            quality.plot(bits, [method] * len(bits), "o", color="C0", alpha=0.6)
+        quality.grid(axis="x", alpha=0.3)
         quality.invert_yaxis()
-        quality.set_xlabel("bits per byte")
+        quality.set_xlabel("bits per byte, a dot for each seed")
         quality.set_title(f"Python source, {path.stem}")
         for row in trained:
             if "bits_per_byte_by_inner_steps" in row:

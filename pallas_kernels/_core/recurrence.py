@@ -109,9 +109,10 @@ def check(op: str, q, k, v, g, initial_state, segment_ids, beta=None) -> None:
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}; it must be {(B, T)}")
     if isinstance(g, jax.Array) and not isinstance(g, jax.core.Tracer):
-        largest = jnp.max(g)  # NaN if there is one
+        with jax.ensure_compile_time_eval():  # a constant of a function that is being traced
+            largest = float(jnp.max(g))  # NaN if there is one
         if not largest <= 0:
             raise ValueError(
-                f"{op}: the log decay g has a value of {float(largest)}; it must be at most 0 and "
+                f"{op}: the log decay g has a value of {largest}; it must be at most 0 and "
                 "not NaN: give the logarithm of a decay in (0, 1], such as -softplus(x)"
             )

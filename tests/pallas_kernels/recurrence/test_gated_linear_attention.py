@@ -208,3 +208,15 @@ def test_bad_input_is_one_clear_line(name):
     with pytest.raises(ValueError, match=message) as error:
         explain(**arguments(Case(**sizes)) | changes)
     assert "\n" not in str(error.value)
+
+
+def test_decays_known_while_tracing_are_checked_too():
+    given = arguments(Case())
+    grows = jnp.full_like(given["g"], 0.5)
+
+    def choose(g):
+        return jax.jit(lambda q, k, v: explain(q, k, v, g).name and q)(*(given[x] for x in "qkv"))
+
+    choose(given["g"])
+    with pytest.raises(ValueError, match="must be at most 0"):
+        choose(grows)

@@ -22,8 +22,9 @@ CASES = {
     },
     "ttt": {
         "single_layer": {
-            "num_heads": 8, "chunk_size": 5, "window": None, "update": "last", "base_rate": 0.1,
-            "weight_norm": False, "features": "identity", "orthogonalize": False,
+            "num_heads": 8, "head_dim": 8, "chunk_size": 5, "window": None, "update": "last",
+            "base_rate": 0.1, "weight_norm": False, "features": "identity",
+            "orthogonalize": False,
         },
     },
     # Squares of scores near zero would lose digits that the comparison needs.

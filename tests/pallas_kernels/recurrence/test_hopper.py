@@ -9,7 +9,9 @@ from pallas_kernels._hopper.support import VERSION
 from pallas_kernels.gated_delta_rule import explain as explain_delta
 from pallas_kernels.gated_linear_attention import explain as explain_linear
 
-needs_mosaic = pytest.mark.skipif(VERSION < (0, 11), reason="Mosaic GPU of JAX 0.11 or later")
+needs_mosaic = pytest.mark.skipif(
+    VERSION < (0, 11), reason="needs JAX 0.11, as CI on Python 3.12 has"
+)
 
 
 def on_hopper():

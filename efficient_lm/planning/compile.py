@@ -25,7 +25,7 @@ from efficient_lm.parallel.rules import ROWS, TOKENS, batch_sharding, parameter_
 from efficient_lm.planning.topologies import Topology
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.state import TrainState, abstract_state, make_initializer
-from efficient_lm.training.step import make_train_step
+from efficient_lm.training.step import jit_train_step, make_train_step
 
 SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -98,7 +98,7 @@ def train_program(config: Config, topology: Topology) -> Program:
     step = make_train_step(config, definition, optimizer, mesh, lengths)
     state = TrainState(**{name: inputs[name] for name in TrainState.__dataclass_fields__})
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(step, donate_argnums=0).trace(state, inputs["batch"])
+        traced = jit_train_step(step, state).trace(state, inputs["batch"])
     tokens = config.data.batch_size * config.data.sequence_length
     return Program("train", mesh, definition, inputs, tokens, traced)
 

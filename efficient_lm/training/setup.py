@@ -31,7 +31,7 @@ from efficient_lm.training import processes
 from efficient_lm.training.checkpoint import Checkpointer
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.state import TrainState, abstract_state, make_initializer
-from efficient_lm.training.step import make_evaluation_step, make_train_step
+from efficient_lm.training.step import jit_train_step, make_evaluation_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,15 @@ def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
     checkpointer = Checkpointer(workdir, config.checkpointing, warn=_warn)
     restored = checkpointer.restore(abstract.as_dict())
     if restored is None:
-        state, start = jax.jit(initial, out_shardings=_shardings(abstract))(), 0
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state, start = jax.jit(initial, out_shardings=shardings)(), 0
     else:
         state, start = TrainState.from_dict(restored.state), restored.step
         iterator.set_state(restored.iterator)
     _write_config(config, workdir)
     arguments = (config, definition)
     lengths = np.asarray(tokenizer.byte_lengths)
-    train_step = jax.jit(
-        make_train_step(*arguments, optimizer, mesh, lengths),
-        donate_argnums=0,
-        # Else the compiler may leave small parameters in other places than the step takes them.
-        out_shardings=(_shardings(abstract), None),
-    )
+    train_step = make_train_step(*arguments, optimizer, mesh, lengths)
     return Run(
         config=config,
         workdir=workdir,
@@ -94,13 +90,9 @@ def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
         checkpointer=checkpointer,
         state=state,
         start=start,
-        train_step=train_step,
+        train_step=jit_train_step(train_step, abstract),
         evaluation_step=jax.jit(make_evaluation_step(*arguments, mesh, lengths)),
     )
-
-
-def _shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def _tokenizer(config: Config, workdir: Path) -> Tokenizer:

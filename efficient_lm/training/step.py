@@ -54,7 +54,7 @@ def make_train_step(
     mesh: Mesh,
     byte_lengths: np.ndarray,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """train_step(state, batch) -> (state, metrics); jit it with the state donated.
+    """train_step(state, batch) -> (state, metrics), to be compiled by `jit_train_step`.
 
     A batch whose loss or gradient is not finite changes nothing but the counts of skipped
     updates. Metrics hold the sums since the last logged step, this step's included.
@@ -133,6 +133,13 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def jit_train_step(train_step: Callable, state: TrainState) -> Callable:
+    """`train_step` under jit, the state donated and left where `state` (may be abstract) lies."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    # Else the compiler may leave small parameters in other places than the step takes them.
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_evaluation_step(

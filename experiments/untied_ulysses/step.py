@@ -38,7 +38,7 @@ def measure(given: dict) -> dict:
     from efficient_lm.parallel.rules import batch_sharding
     from efficient_lm.training.optimizer import make_optimizer
     from efficient_lm.training.state import abstract_state, make_initializer
-    from efficient_lm.training.step import make_train_step
+    from efficient_lm.training.step import jit_train_step, make_train_step
 
     config = Config.from_dict(given["config"])
     mesh = make_mesh(config.parallel, jax.devices()[: given["devices"]])
@@ -62,7 +62,7 @@ def measure(given: dict) -> dict:
     }
     batch = jax.device_put(batch, batch_sharding(mesh))
     began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(abstract, batch).compile()
+    compiled = jit_train_step(step, abstract).lower(abstract, batch).compile()
     analysis = compiled.memory_analysis()
     row = {
         "parameters": definition.count(),

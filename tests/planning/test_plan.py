@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from efficient_lm.config import Config
 from efficient_lm.errors import ConfigError
 from efficient_lm.planning import estimate, tables
+from efficient_lm.planning.compile import train_program
 from efficient_lm.planning.planner import make_plan
 from efficient_lm.planning.report import write_report
 from efficient_lm.planning.topologies import find_topology
+from efficient_lm.training.state import TrainState
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +68,14 @@ def test_the_compiler_counts_the_same_arguments_where_nothing_is_padded(v5e, pla
     exact = rows["parameters"] + rows["optimizer"] + rows["batch"]
     assert rows["padding of these"] <= 0.02 * exact
     assert kinds(plan)["padding of these"] > 0.02 * exact  # pieces of 32
+
+
+def test_the_step_leaves_the_state_where_training_has_it(v5e):
+    program = train_program(config(), v5e)
+    state, _ = program.traced.out_info
+    for name in TrainState.__dataclass_fields__:
+        places = jax.tree.map(lambda leaf: leaf.sharding, program.inputs[name])
+        assert jax.tree.map(lambda leaf: leaf.sharding, getattr(state, name)) == places, name
 
 
 def test_collectives_of_fsdp_are_read_with_their_axis(plan):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from efficient_lm.errors import ConfigError
 from efficient_lm.model.context import Context
 from efficient_lm.model.stack import REMAT_POLICIES
-from efficient_lm.parallel.mixing import (
+from efficient_lm.parallel.exchange import (
     HEAD_AXES,
     Exchange,
     axes_of,

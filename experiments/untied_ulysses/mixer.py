@@ -17,8 +17,9 @@ from flax import nnx
 from efficient_lm.config import Config, layer_options
 from efficient_lm.mixers.attention import Attention
 from efficient_lm.model.context import Context
+from efficient_lm.parallel.exchange import parameters_of, rebuild
 from efficient_lm.parallel.mesh import make_mesh
-from efficient_lm.parallel.mixing import parameters_of, rebuild, use_mesh
+from efficient_lm.parallel.mixing import use_mesh
 from pallas_kernels._core.compat import tpu_devices
 
 

@@ -14,8 +14,9 @@ from efficient_lm.config import Config, layer, layer_options
 from efficient_lm.errors import ConfigError
 from efficient_lm.mixers.attention import Attention
 from efficient_lm.model.context import Context
+from efficient_lm.parallel.exchange import parameters_of, rebuild
 from efficient_lm.parallel.mesh import make_mesh
-from efficient_lm.parallel.mixing import parameters_of, rebuild, use_mesh
+from efficient_lm.parallel.mixing import use_mesh
 from efficient_lm.parallel.upipe import make_schedule
 
 DEVICES, LENGTH, HEAD_DIM, EMBED_DIM = 8, 4096, 8, 8

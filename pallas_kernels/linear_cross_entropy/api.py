@@ -20,7 +20,6 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     z_loss: float = 0.0,
     chunk_logits: int = 2**24,
-    shards: int = 1,
     implementation: str | tuple[str, ...] = "auto",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Weighted sum of the cross-entropy of softmax(hidden weight^T), in nats, logits in chunks.
@@ -33,14 +32,12 @@ def linear_cross_entropy(
       weights: of each row's loss; None: all one. No gradient.
       soft_cap: logits become c tanh(logits / c).
       z_loss: coefficient z of z * logsumexp(logits)^2.
-      chunk_logits: logits alive at once in each shard (at least one row or column of them); memory
-        does not grow with V.
-      shards: number of devices over which the first dimension of `hidden` is sharded, so that
-        "xla_rows" cuts within shards; it must divide that dimension.
+      chunk_logits: logits alive at once (at least one row or column of them); memory does not grow
+        with V.
       implementation: "auto", a name, or names in order of preference; `explain` tells the choice.
-        "xla_rows": gradients in the forward pass, three matrix products; each device holds a
-        float32 gradient of the whole weight while it is summed. "xla_vocabulary": logits computed
-        again in the backward pass, four products; no such gradient. "ref": all logits alive.
+        "xla_rows": gradients in the forward pass, three matrix products; that of the weight is
+        float32 while it is summed. "xla_vocabulary": logits computed again in the backward pass,
+        four products; that of hidden is float32 while it is summed. "ref": all logits alive.
 
     Returns:
       total: sum_i w_i (lse_i - logit_i[label_i] + z lse_i^2); gradients in hidden and weight.
@@ -48,20 +45,17 @@ def linear_cross_entropy(
         correct_sum (weights of rows where no logit is higher than the label's).
 
     Raises:
-      ValueError: unknown implementation, features of hidden and weight differ, or `shards` does
-        not divide the first dimension.
+      ValueError: unknown implementation, or features of hidden and weight differ.
     """
     weights = jnp.ones(labels.shape) if weights is None else lax.stop_gradient(weights)
-    choice = explain(hidden, weight, shards=shards, implementation=implementation)
-    hidden, labels, weights = _by_shards(shards, hidden, labels, weights)
+    choice = explain(hidden, weight, implementation=implementation)
+    hidden, labels, weights = _rows(hidden), labels.reshape(-1), weights.reshape(-1)
     options = Options(soft_cap, z_loss, chunk_logits)
     total, sums = choice.implementation.load()(hidden, weight, labels, weights, options)
     return total, jax.tree.map(lax.stop_gradient, sums)
 
 
-def explain(
-    hidden, weight, *, shards: int = 1, implementation: str | tuple[str, ...] = "auto"
-) -> dispatch.Choice:
+def explain(hidden, weight, *, implementation: str | tuple[str, ...] = "auto") -> dispatch.Choice:
     """Which implementation `linear_cross_entropy` takes for these arguments, and why not others.
 
     Arrays may be jax.ShapeDtypeStruct. `str()` of the result is one line for people.
@@ -71,7 +65,7 @@ def explain(
             f"linear_cross_entropy: hidden {hidden.shape} and weight {weight.shape} must have the "
             "same last dimension"
         )
-    facts = Facts(compat.target(), hidden.dtype.name, *weight.shape, shards)
+    facts = Facts(compat.target(), hidden.dtype.name)
     return dispatch.choose("linear_cross_entropy", TABLE, facts, implementation)
 
 
@@ -82,27 +76,18 @@ def linear_cross_entropy_per_token(
     *,
     soft_cap: float | None = None,
     chunk_logits: int = 2**24,
-    shards: int = 1,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """(loss in nats, 1.0 where no logit is higher than the label's) of each row; no gradient.
 
     Arguments as in `linear_cross_entropy`; the logits are chunked by rows.
     """
     batch = labels.shape
-    hidden, labels = _by_shards(shards, lax.stop_gradient(hidden), labels)
+    hidden, weight = lax.stop_gradient((_rows(hidden), weight))
     options = Options(soft_cap, 0.0, chunk_logits)
-    scores = xla.scores_by_rows(hidden, lax.stop_gradient(weight), labels, options)
+    scores = xla.scores_by_rows(hidden, weight, labels.reshape(-1), options)
     losses = (scores.lse - scores.label_logit).reshape(batch)
     return losses, scores.correct.astype(jnp.float32).reshape(batch)
 
 
-def _by_shards(shards: int, hidden, *per_row):
-    """hidden [*batch, D] as [R, D], or [S, R, D] for several shards, and arrays [*batch] alike."""
-    batch = hidden.shape[:-1]
-    if shards > 1 and (not batch or batch[0] % shards):
-        raise ValueError(
-            f"linear_cross_entropy: shards={shards} does not divide the first dimension of hidden "
-            f"{hidden.shape}"
-        )
-    rows = (-1,) if shards == 1 else (shards, -1)
-    return hidden.reshape(*rows, hidden.shape[-1]), *(x.reshape(rows) for x in per_row)
+def _rows(hidden: Float[Array, "*batch D"]) -> Float[Array, "R D"]:
+    return hidden.reshape(-1, hidden.shape[-1])

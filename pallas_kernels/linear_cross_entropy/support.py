@@ -3,34 +3,22 @@
 from dataclasses import dataclass
 
 from pallas_kernels._core.compat import Target
-from pallas_kernels._core.dispatch import Condition, Implementation
+from pallas_kernels._core.dispatch import Implementation
 
 EVERYWHERE = ("cpu", "gpu", "tpu")
-GRADIENT_BYTES = 2**30  # of a float32 weight gradient that each device may hold whole
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choice depends on; sizes as in `linear_cross_entropy`."""
+    """What the choice depends on."""
 
     target: Target
     dtype: str
-    V: int
-    D: int
-    shards: int
 
 
 TABLE = (
     Implementation(
-        "xla_rows",
-        "pallas_kernels.linear_cross_entropy.xla:by_rows",
-        platforms=EVERYWHERE,
-        advice=(
-            Condition(
-                "one shard, or a float32 weight gradient of at most 1 GiB",
-                lambda f: f.shards == 1 or 4 * f.V * f.D <= GRADIENT_BYTES,
-            ),
-        ),
+        "xla_rows", "pallas_kernels.linear_cross_entropy.xla:by_rows", platforms=EVERYWHERE
     ),
     Implementation(
         "xla_vocabulary",

@@ -1,7 +1,4 @@
-"""Cross-entropy of a linear classifier in chunks of logits, by rows or by vocabulary.
-
-Hidden is [R, D], or [S, R, D] for S shards of R rows each; chunks are cut along R or along V.
-"""
+"""Cross-entropy of a linear classifier in chunks of logits: hidden [R, D] cut by rows R, or V."""
 
 import functools
 from typing import NamedTuple
@@ -18,9 +15,9 @@ from pallas_kernels.linear_cross_entropy.ref import Options
 class Scores(NamedTuple):
     """What each row contributes."""
 
-    label_logit: Float[Array, "*S R"]
-    lse: Float[Array, "*S R"]
-    correct: Bool[Array, "*S R"]  # no logit is higher than the label's
+    label_logit: Float[Array, "R"]
+    lse: Float[Array, "R"]
+    correct: Bool[Array, "R"]  # no logit is higher than the label's
 
 
 class Chunks(NamedTuple):
@@ -54,14 +51,13 @@ def by_rows(hidden, weight, labels, weights, options: Options):
     The total is a scalar, so the gradients of hidden and weight are its cotangent times values
     that the forward pass can compute while a chunk's logits are alive: three matrix products and
     no recomputation (Liger Kernel, arXiv:2410.10989, section 3.2). The weight gradient is summed
-    in float32 per shard, and over shards once at the end.
+    in float32.
     """
     return _reduce(_row_scores(hidden, weight, labels, options), weights, options)
 
 
 def _by_rows_forward(hidden, weight, labels, weights, options):
     chunks = _row_chunks(hidden, weight, options)
-    axis = labels.ndim - 1  # of rows, in all arrays
     compute_weight = weight.astype(hidden.dtype)
 
     def gradients(hidden, labels, weights):
@@ -72,33 +68,30 @@ def _by_rows_forward(hidden, weight, labels, weights, options):
         dlogits = _dlogits(logits, exponentials * scale[..., None], labels, weights, options)
         dlogits = dlogits.astype(hidden.dtype)
         dhidden = jnp.einsum(
-            "...rv,vd->...rd", dlogits, compute_weight, preferred_element_type=jnp.float32
+            "rv,vd->rd", dlogits, compute_weight, preferred_element_type=jnp.float32
         )
-        dweight = jnp.einsum(
-            "...rv,...rd->...vd", dlogits, hidden, preferred_element_type=jnp.float32
-        )
+        dweight = jnp.einsum("rv,rd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
         return scores, dhidden.astype(hidden.dtype), dweight
 
     def body(carry, index):
         scores, dhidden, dweight = carry
         start = chunks.start(index)
-        rows = [_slice(x, axis, start, chunks.size) for x in (hidden, labels, weights)]
+        rows = [lax.dynamic_slice_in_dim(x, start, chunks.size) for x in (hidden, labels, weights)]
         rows[2] = jnp.where(chunks.fresh(index, rows[2].shape), rows[2], 0.0)
         new_scores, new_dhidden, new_dweight = gradients(*rows)
-        scores = jax.tree.map(lambda old, new: _write(old, new, axis, start), scores, new_scores)
-        dhidden = _write(
-            dhidden, _slice(dhidden, axis, start, chunks.size) + new_dhidden, axis, start
+        scores = jax.tree.map(
+            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), scores, new_scores
         )
+        new_dhidden += lax.dynamic_slice_in_dim(dhidden, start, chunks.size)
+        dhidden = lax.dynamic_update_slice_in_dim(dhidden, new_dhidden, start, 0)
         return (scores, dhidden, dweight + new_dweight), None
 
     if chunks.count == 1:
         scores, dhidden, dweight = gradients(hidden, labels, weights)
     else:
-        dweight = jnp.zeros((*hidden.shape[:-2], *weight.shape), jnp.float32)
+        dweight = jnp.zeros(weight.shape, jnp.float32)
         carry = (_empty_scores(labels), jnp.zeros_like(hidden), dweight)
         (scores, dhidden, dweight), _ = lax.scan(body, carry, jnp.arange(chunks.count))
-    if dweight.ndim > weight.ndim:
-        dweight = jnp.sum(dweight, axis=0)
     return _reduce(scores, weights, options), (dhidden, dweight.astype(weight.dtype))
 
 
@@ -157,8 +150,8 @@ def _by_vocabulary_backward(options, residuals, cotangents):
         probabilities = jnp.exp(logits - lse[..., None]) * scale[..., None]
         dlogits = _dlogits(logits, probabilities, labels - start, weights, options)
         dlogits = jnp.where(chunks.fresh(index, dlogits.shape), dlogits, 0.0).astype(hidden.dtype)
-        dhidden += jnp.einsum("...rv,vd->...rd", dlogits, rows, preferred_element_type=jnp.float32)
-        new = jnp.einsum("...rv,...rd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
+        dhidden += jnp.einsum("rv,vd->rd", dlogits, rows, preferred_element_type=jnp.float32)
+        new = jnp.einsum("rv,rd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
         old = lax.dynamic_slice_in_dim(dweight, start, chunks.size, 0)
         new = old + new.astype(weight.dtype)  # one of the two is zero: no rounding
         return (dhidden, lax.dynamic_update_slice_in_dim(dweight, new, start, 0)), None
@@ -178,7 +171,6 @@ def scores_by_rows(hidden, weight, labels, options: Options) -> Scores:
 
 def _row_scores(hidden, weight, labels, options) -> Scores:
     chunks = _row_chunks(hidden, weight, options)
-    axis = labels.ndim - 1  # of rows, in all arrays
     compute_weight = weight.astype(hidden.dtype)
 
     def score(hidden, labels):
@@ -186,8 +178,10 @@ def _row_scores(hidden, weight, labels, options) -> Scores:
 
     def body(scores, index):
         start = chunks.start(index)
-        new = score(*(_slice(x, axis, start, chunks.size) for x in (hidden, labels)))
-        return jax.tree.map(lambda old, new: _write(old, new, axis, start), scores, new), None
+        new = score(*(lax.dynamic_slice_in_dim(x, start, chunks.size) for x in (hidden, labels)))
+        return jax.tree.map(
+            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), scores, new
+        ), None
 
     if chunks.count == 1:
         return score(hidden, labels)
@@ -195,12 +189,11 @@ def _row_scores(hidden, weight, labels, options) -> Scores:
 
 
 def _row_chunks(hidden, weight, options) -> Chunks:
-    """Chunks of each shard's rows."""
-    return Chunks.cover(hidden.shape[-2], options.chunk_logits // len(weight))
+    return Chunks.cover(len(hidden), options.chunk_logits // len(weight))
 
 
 def _vocabulary_chunks(hidden, weight, options) -> Chunks:
-    return Chunks.cover(len(weight), options.chunk_logits // hidden.shape[-2])
+    return Chunks.cover(len(weight), options.chunk_logits // len(hidden))
 
 
 def _vocabulary_slice(hidden, weight, chunks, index, options):
@@ -210,15 +203,15 @@ def _vocabulary_slice(hidden, weight, chunks, index, options):
     return _logits(hidden, rows, options), rows
 
 
-def _logits(hidden, weight, options) -> Float[Array, "*S R V"]:
+def _logits(hidden, weight, options) -> Float[Array, "R V"]:
     """Float32 logits, soft-capped."""
-    logits = jnp.einsum("...rd,vd->...rv", hidden, weight, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("rd,vd->rv", hidden, weight, preferred_element_type=jnp.float32)
     if options.soft_cap is not None:
         logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
     return logits
 
 
-def _pick(logits, labels) -> Float[Array, "*S R"]:
+def _pick(logits, labels) -> Float[Array, "R"]:
     """The label's logit; some finite value where the label is out of range."""
     return jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
 
@@ -280,12 +273,3 @@ def _reduce(scores: Scores, weights, options):
 def _empty_scores(labels) -> Scores:
     zeros = jnp.zeros(labels.shape)
     return Scores(zeros, zeros, jnp.zeros(labels.shape, bool))
-
-
-# Rows are the last axis but one of hidden and the last of labels: the same axis of both.
-def _slice(x, axis, start, size):
-    return lax.dynamic_slice_in_dim(x, start, size, axis)
-
-
-def _write(x, piece, axis, start):
-    return lax.dynamic_update_slice_in_dim(x, piece, start, axis)

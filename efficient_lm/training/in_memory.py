@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from efficient_lm.config import Config
+from efficient_lm.config import Config, ModelConfig
 from efficient_lm.data.pipeline import make_evaluation_batches, make_train_iterator
 from efficient_lm.data.tokenizers import make_tokenizer
 from efficient_lm.evaluation.perplexity import evaluate_batches
@@ -29,6 +29,18 @@ class Trained(NamedTuple):
     parameters: Any
     losses: list[float]  # of each step
     seconds_a_step: float
+
+
+def equal_hidden_dim(model: ModelConfig, reference: ModelConfig, multiple: int = 8) -> int:
+    """Hidden features with which `model` has as many parameters as `reference`.
+
+    Both have a gated dense feed-forward in every layer. The nearest that differs from what `model`
+    has by a multiple of `multiple`.
+    """
+    missing = define(reference).count() - define(model).count()
+    a_feature = 3 * model.embed_dim * model.num_layers
+    hidden_dim = model.ffns["dense"]["hidden_dim"]
+    return hidden_dim + multiple * round(missing / a_feature / multiple)
 
 
 def load_batches(config: Config) -> tuple[list[Batch], list[Batch]]:
@@ -64,9 +76,10 @@ def train_in_memory(config: Config, batches: Sequence[Batch]) -> Trained:
     return Trained(state.parameters, losses, min(seconds))
 
 
-def evaluate_in_memory(config: Config, parameters: Any, batches: Iterable[Batch]) -> dict[str, Any]:
-    """loss, bits_per_byte and accuracy, as `evaluate_batches` has them, of a model of `config`."""
+def make_evaluator(config: Config) -> Callable[[Any, Iterable[Batch]], dict[str, Any]]:
+    """evaluate(parameters, batches) -> loss, bits_per_byte and accuracy, as `evaluate_batches` has
+    them, of a model of `config`; compiled once for batches of one shape."""
     mesh = make_mesh(config.parallel, jax.devices()[:1])
     lengths = np.asarray(make_tokenizer(config.data).byte_lengths)
     step = jax.jit(make_evaluation_step(config, define(config.model), mesh, lengths))
-    return evaluate_batches(lambda batch: step(parameters, batch), batches)
+    return lambda parameters, batches: evaluate_batches(lambda b: step(parameters, b), batches)

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import sys
-import time
 from datetime import date
 from pathlib import Path
 
@@ -17,23 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
 
 from efficient_lm.cli import run_door
 from efficient_lm.config import ModelConfig
 from efficient_lm.errors import ConfigError
-from efficient_lm.inference.decode import CHUNK, Carry, Request
+from efficient_lm.inference.decode import CHUNK
 from efficient_lm.inference.engine import Generator, bucket
 from efficient_lm.inference.model import Model
-from efficient_lm.inference.sampling import Sampling
-from efficient_lm.model.definition import define
+from efficient_lm.inference.speed import PROMPT, DecodeTimer, random_model, state_bytes
 from efficient_lm.training.manifest import versions
 from pallas_kernels._core import timing
 
 # Bytes a second by the vendors' data sheets.
 DATA_SHEET = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8.0e12}
-PROMPT = 16  # tokens of the prompts for the engine
-
 MODELS = {  # Llama 3 shapes, and one for CPUs
     "8b": {"embed_dim": 4096, "num_layers": 32, "vocabulary_size": 128_256, "hidden_dim": 14_336,
            "num_heads": 32, "num_key_value_heads": 8},
@@ -44,12 +39,12 @@ MODELS = {  # Llama 3 shapes, and one for CPUs
 }  # fmt: skip
 
 
-def make_model(name: str, max_length: int) -> Model:
-    """A model of random bf16 weights, drawn on the device, every layer apart."""
+def make_config(name: str, max_length: int) -> ModelConfig:
+    """The shapes of a model, in bf16."""
     shape = dict(MODELS[name])
     hidden = {"dense": {"hidden_dim": shape.pop("hidden_dim")}}
     heads = {k: shape.pop(k) for k in ("num_heads", "num_key_value_heads")}
-    config = ModelConfig(
+    return ModelConfig(
         **shape,
         max_length=max_length,
         mixers={"attention": heads | {"rope": {"theta": 500_000.0}}},
@@ -57,41 +52,6 @@ def make_model(name: str, max_length: int) -> Model:
         tie_embeddings=False,
         dtype="bfloat16",
     )
-    definition = define(config, scan=False)
-    draw = jax.jit(
-        lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1
-    )
-    keys = iter(jax.random.split(jax.random.key(0), 10_000))
-    arrays = jax.tree.map(
-        lambda leaf: draw(next(keys), leaf.shape) if leaf.inputs or len(leaf.shape) > 1
-        else jnp.ones(leaf.shape, jnp.float32),
-        definition.parameters,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )  # fmt: skip
-    return Model(definition, arrays)
-
-
-def filled_carry(model: Model, batch: int, context: int, slots: int) -> Carry:
-    """The state behind `context` tokens of every row, with random keys and values."""
-
-    def make(key):
-        state = model.definition.bind(model.arrays).init_state(batch, slots)
-
-        def fill(path, leaf):
-            if jnp.issubdtype(leaf.dtype, jnp.floating):
-                return jax.random.normal(key, leaf.shape, leaf.dtype)
-            if path[-1].key == "index":
-                slot = jnp.arange(slots, dtype=jnp.int32)
-                filled = jnp.where(slot < context, slot, -1)
-                return jnp.broadcast_to(filled[None], leaf.shape)
-            return jnp.ones_like(leaf)
-
-        layers = jax.tree_util.tree_map_with_path(fill, state["layers"])
-        length = jnp.full((batch,), context, jnp.int32)
-        zeros = jnp.zeros((batch,), jnp.int32)
-        return Carry({"length": length, "layers": layers}, zeros, jnp.ones((), jnp.int32))
-
-    return jax.jit(make)(jax.random.key(1))
 
 
 class NoText:
@@ -129,34 +89,11 @@ def large_copies(text: str, elements: int) -> list[str]:
 
 def measure(model: Model, batch: int, context: int, chunks: int, roofs: dict) -> dict:
     """One row of the table."""
-    config, arrays = model.config, model.arrays
-    slots = bucket(context + chunks * CHUNK)
-    request = Request(
-        keys=jax.random.split(jax.random.key(2), batch),
-        limits=jnp.full((batch,), 2**30, jnp.int32),
-        stop_tokens=jnp.zeros((0,), jnp.int32),
-        sampling=Sampling(temperature=0).checked(),
-    )
-    _, decode, compile_seconds = model.programs.generation(
-        arrays, np.zeros((batch, PROMPT), np.int32), request, slots
-    )
-    none = np.zeros((batch,), bool)
-
-    def run(steps: int, dispatches: int) -> float:
-        """Seconds a step."""
-        carry = jax.block_until_ready(filled_carry(model, batch, context, slots))
-        began = time.perf_counter()
-        for _ in range(dispatches):
-            carry, _, tokens = decode(arrays, carry, none, np.int32(steps), request)
-        jax.block_until_ready(tokens)
-        return (time.perf_counter() - began) / (steps * dispatches)
-
-    run(CHUNK, 1)
-    looped = min(run(CHUNK, chunks) for _ in range(3))
-    single = min(run(1, CHUNK) for _ in range(2))
+    timer = DecodeTimer(model, batch, context, chunks)
+    looped, single, slots = timer.seconds_a_step(), timer.seconds_a_dispatch(), timer.slots
     generator = Generator(
         model,
-        NoText(config.vocabulary_size),
+        NoText(model.config.vocabulary_size),
         [np.arange(PROMPT) + row for row in range(batch)],
         max_new_tokens=slots - PROMPT,
         temperature=0,
@@ -164,9 +101,9 @@ def measure(model: Model, batch: int, context: int, chunks: int, roofs: dict) ->
     generator.run()
     engine = generator.speed.decode_seconds / (slots - PROMPT - 1)
 
-    weights = sum(x.nbytes for x in jax.tree.leaves(arrays)) - arrays["embedding"].nbytes
-    state = jax.eval_shape(lambda: model.module.init_state(batch, 1)["layers"])
-    a_token = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    weights = sum(x.nbytes for x in jax.tree.leaves(model.arrays))
+    weights -= model.arrays["embedding"].nbytes
+    a_token = batch * state_bytes(model.config, 1)
     cache = a_token * (context + chunks * CHUNK / 2)  # the mean over the steps
     rate = (weights + cache) / looped
     return {
@@ -185,8 +122,8 @@ def measure(model: Model, batch: int, context: int, chunks: int, roofs: dict) ->
         "engine_step_milliseconds": engine * 1e3,
         "engine_tokens_per_second": batch / engine,
         "one_step_dispatch_milliseconds": single * 1e3,
-        "compile_seconds": compile_seconds,
-        "large_copies": large_copies(decode.as_text(), a_token * slots // 64),
+        "compile_seconds": timer.compile_seconds,
+        "large_copies": large_copies(timer.decode.as_text(), a_token * slots // 64),
     }
 
 
@@ -198,7 +135,8 @@ def main() -> None:
     sheet = next((v for k, v in DATA_SHEET.items() if k in device.device_kind), None)
     roofs = bandwidth_roofs(ROOF_BYTES.value) | {"data_sheet": sheet}
     contexts = [int(context) for context in CONTEXT.value]
-    model = make_model(MODEL.value, 2 * bucket(max(contexts) + CHUNKS.value * CHUNK))
+    longest = 2 * bucket(max(contexts) + CHUNKS.value * CHUNK)
+    model = random_model(make_config(MODEL.value, longest))
     rows = []
     for batch in map(int, BATCH.value):
         for context in contexts:

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import decode
-import jax
 import quality
 import speed
 from quality import Task
 from shapes import MIXERS, Shape
 
-from efficient_lm.training.manifest import versions
+from efficient_lm.evaluation.results import attempt
 
 TINY = Shape(embed_dim=32, num_layers=2, hidden_dim=64, vocabulary_size=256, head_dim=8, length=32,
              rows=4, value_groups=1, expand=1)  # fmt: skip
@@ -92,13 +91,4 @@ def trained(part: str, task: Task, mixers: Iterable[str], workers: int) -> Itera
     with ThreadPoolExecutor(workers) as pool:
         jobs = [(mixer, pool.submit(prepare, task, mixer)) for mixer in mixers]
         for mixer, job in jobs:
-            try:
-                yield job.result()()
-            except Exception as error:
-                message = f"{type(error).__name__}: {error}"[:300]
-                yield {"what": part, "mixer": mixer, "error": message}
-
-
-def environment() -> dict[str, Any]:
-    """The device and the versions."""
-    return {"device": jax.devices()[0].device_kind, "versions": versions()}
+            yield attempt({"what": part, "mixer": mixer}, lambda job=job: job.result()())

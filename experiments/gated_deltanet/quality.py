@@ -15,6 +15,7 @@ from efficient_lm.config import Config
 from efficient_lm.data.pipeline import make_evaluation_batches, make_train_iterator
 from efficient_lm.data.synthetic import make_task
 from efficient_lm.data.tokenizers import make_tokenizer
+from efficient_lm.inference.speed import state_bytes
 
 STEPS_AT_ONCE = 25  # at most, in one call of the device
 
@@ -140,8 +141,8 @@ def described(what: str, task: Task, mixer: str, parameters: int) -> dict:
         "what": what,
         "mixer": mixer,
         "parameters": parameters,
-        "state_bytes": shapes.state_bytes(config, length),
-        "memory_bytes": shapes.state_bytes(config, length, "memory"),
+        "state_bytes": state_bytes(config.model, length),
+        "memory_bytes": state_bytes(config.model, length, "memory"),
     }
 
 

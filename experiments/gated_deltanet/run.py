@@ -4,10 +4,6 @@
 """
 
 import argparse
-import json
-import sys
-import time
-from datetime import date
 from pathlib import Path
 
 PARTS = ("language", "recall", "speed", "decode")
@@ -24,24 +20,16 @@ def main() -> None:
     arguments = parser.parse_args()
     import arms  # after --help, because it imports JAX
 
-    values = {
-        "command": " ".join(["experiments/gated_deltanet/run.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "arm": arguments.arm,
-        **arms.environment(),
-        "settings": {},
-        "rows": [],
-    }
-    began = time.perf_counter()
+    from efficient_lm.evaluation.results import Results
+
+    results = Results(
+        arguments.out, "experiments/gated_deltanet/run.py", arm=arguments.arm, settings={}
+    )
     for part in arguments.part:
         plan = arms.plan(part, arguments.arm, arguments.mixers, arguments.lengths)
-        values["settings"][part] = plan.settings
+        results.values["settings"][part] = plan.settings
         for row in plan.rows:
-            values["rows"].append(row)
-            values["seconds"] = round(time.perf_counter() - began, 1)
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(values, indent=1) + "\n")
-            print(json.dumps(row), flush=True)
+            results.add(row)
 
 
 if __name__ == "__main__":

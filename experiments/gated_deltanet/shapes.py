@@ -4,12 +4,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import jax
-from flax import nnx
-
 from efficient_lm.config import Config, layer
-from efficient_lm.model.definition import define
-from efficient_lm.model.language_model import LanguageModel
+from efficient_lm.training.in_memory import equal_hidden_dim
 
 MIXERS = ("attention", "hybrid", "gated_deltanet", "mamba2")
 
@@ -42,11 +38,16 @@ def model_fields(shape: Shape, mixer: str) -> dict[str, Any]:
     """Nested fields of config.model. Mixers with 4 embed_dim^2 parameters (5 where
     value_groups=1), but for Mamba-2, and feed-forwards that make up for the differences."""
     fields = _fields(shape, mixer, shape.hidden_dim)
-    missing = _count(shape, "attention") - _count(shape, mixer)
-    a_feature = 3 * shape.embed_dim * shape.num_layers
-    step = -(-shape.embed_dim // 64)  # large matrices keep sizes that hardware likes
-    hidden_dim = shape.hidden_dim + step * round(missing / a_feature / step)
-    return fields | {"ffns": {"dense": {"hidden_dim": hidden_dim}}}
+    return fields | {"ffns": {"dense": {"hidden_dim": _hidden_dim(shape, mixer)}}}
+
+
+@cache
+def _hidden_dim(shape: Shape, mixer: str) -> int:
+    def model(mixer):
+        return Config.from_dict({"model": _fields(shape, mixer, shape.hidden_dim)}).model
+
+    multiple = -(-shape.embed_dim // 64)  # large matrices keep sizes that hardware likes
+    return equal_hidden_dim(model(mixer), model("attention"), multiple)
 
 
 def _fields(shape: Shape, mixer: str, hidden_dim: int) -> dict[str, Any]:
@@ -79,24 +80,3 @@ def _fields(shape: Shape, mixer: str, hidden_dim: int) -> dict[str, Any]:
         "dtype": shape.dtype,
         "remat": shape.remat,
     }
-
-
-@cache
-def _count(shape: Shape, mixer: str) -> int:
-    fields = _fields(shape, mixer, shape.hidden_dim)
-    return define(Config.from_dict({"model": fields}).model).count()
-
-
-def state_bytes(config: Config, length: int, name: str | None = None) -> int:
-    """Bytes of the decode state of one sequence of up to `length` tokens.
-
-    name: of the leaves that count, such as "memory"; None: all, caches and convolutions included.
-    """
-    state = jax.eval_shape(
-        lambda: LanguageModel(config.model, nnx.Rngs(0)).init_state(1, length)["layers"]
-    )
-    return sum(
-        leaf.size * leaf.dtype.itemsize
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        if name is None or path[-1] == jax.tree_util.DictKey(name)
-    )

@@ -2,22 +2,16 @@
 
 import argparse
 import json
-import statistics
 import sys
-import time
+from functools import partial
 
 import jax
 import numpy as np
 
 from efficient_lm import masks
 from efficient_lm.config import Config, layer_options
-from efficient_lm.model.definition import define
-from efficient_lm.parallel.mesh import make_mesh
-from efficient_lm.parallel.placement import place_batch
-from efficient_lm.training.optimizer import make_optimizer
-from efficient_lm.training.speed import peak_memory_bytes
-from efficient_lm.training.state import abstract_state, make_initializer
-from efficient_lm.training.step import make_train_step
+from efficient_lm.evaluation.results import attempt
+from efficient_lm.training.step_time import compile_step, time_step
 from pallas_kernels.attention import explain
 
 
@@ -33,12 +27,8 @@ def main() -> None:
 
         print(json.dumps({"name": "roof", "flops": matmul_flops(arguments.roof)}), flush=True)
     for variant in json.load(sys.stdin):
-        row = {"name": variant["name"]}
-        try:
-            row |= measure(variant, arguments.steps, arguments.repetitions)
-        except Exception as error:
-            row["error"] = f"{type(error).__name__}: {error}"[:500]
-        print(json.dumps(row), flush=True)
+        measured = partial(measure, variant, arguments.steps, arguments.repetitions)
+        print(json.dumps(attempt({"name": variant["name"]}, measured)), flush=True)
 
 
 def measure(variant: dict, steps: int, repetitions: int) -> dict:
@@ -48,38 +38,8 @@ def measure(variant: dict, steps: int, repetitions: int) -> dict:
     """
     config = Config.from_dict(variant["config"])
     # One device, as the peer; the first also where there are more.
-    mesh = make_mesh(config.parallel, jax.devices()[:1])
-    definition = define(config.model, scan=variant["scan"])
-    optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
-    initial = make_initializer(config, definition, optimizer)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(initial, definition, mesh))
-    state = jax.jit(initial, out_shardings=shardings)()
-    byte_lengths = np.ones(config.model.vocabulary_size, np.int32)
-    train_step = make_train_step(config, definition, optimizer, mesh, byte_lengths)
-    batch = place_batch(random_batch(config), mesh)
-
-    began = time.perf_counter()
-    step = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - began
-    for _ in range(steps):
-        state, metrics = step(state, batch)
-    times = []
-    for _ in range(repetitions):
-        jax.block_until_ready(state)
-        began = time.perf_counter()
-        for _ in range(steps):
-            state, metrics = step(state, batch)
-        jax.block_until_ready(state)
-        times.append((time.perf_counter() - began) / steps)
-    return {
-        "step_seconds": statistics.median(times),
-        "step_seconds_best": min(times),
-        "compile_seconds": compile_seconds,
-        "parameters": definition.count(),
-        "loss": float(metrics["loss_sum"] / metrics["weight_sum"]),
-        "skipped": int(metrics["skipped"]),
-        "temporary_bytes": int(np.asarray(step.memory_analysis().temp_size_in_bytes)),
-        "peak_memory_bytes": peak_memory_bytes(step),
+    compiled = compile_step(config, jax.devices()[:1], variant["scan"])
+    return time_step(compiled, steps, repetitions) | {
         "attention": attention_choice(config),
         "device": jax.devices()[0].device_kind,
     }
@@ -97,20 +57,6 @@ def attention_choice(config: Config) -> str:
         mask = mask & masks.Segments(np.ones(rows, np.int32))
     choice = explain(query, key, key, mask=mask.lower(), implementation=options.implementation)
     return str(choice)
-
-
-def random_batch(config: Config) -> dict[str, np.ndarray]:
-    """Rows of one document each, uniform tokens and labels."""
-    rng = np.random.default_rng(0)
-    shape = (config.data.batch_size, config.data.sequence_length)
-    tokens, labels = rng.integers(0, config.model.vocabulary_size, (2, *shape), dtype=np.int32)
-    return {
-        "tokens": tokens,
-        "labels": labels,
-        "weights": np.ones(shape, np.float32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(),
-    }
 
 
 if __name__ == "__main__":

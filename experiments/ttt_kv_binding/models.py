@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from efficient_lm.config import Config, layer
+from efficient_lm.config import Config, ModelConfig, layer
 from efficient_lm.mixers.ttt import LADDER, ladder
-from efficient_lm.model.definition import define
+from efficient_lm.training.in_memory import equal_hidden_dim
 
 # Beside the ladder: the two probes of the paper, and what attention within the window can do alone.
 PROBES = {"ascent": {"direction": "ascent"}, "no_query": {"read_with": "key"}}
@@ -58,16 +58,17 @@ SPEED = {
 
 def make_config(method: str, run: Run, seed: int = 0, inner_steps: int = 1) -> Config:
     """The config of a training; models have the same number of parameters, within 8 features."""
-    missing = _count("baseline", run) - _count(method, run)
-    hidden_dim = run.hidden_dim + 8 * round(missing / (24 * run.embed_dim * run.num_layers))
-    return Config.from_dict(_fields(method, run, hidden_dim, seed, inner_steps))
+    fields = _fields(method, run, seed, inner_steps)
+    hidden_dim = equal_hidden_dim(_model(method, run), _model("baseline", run))
+    fields["model"]["ffns"]["dense"]["hidden_dim"] = hidden_dim
+    return Config.from_dict(fields)
 
 
-def _count(method: str, run: Run) -> int:
-    return define(Config.from_dict(_fields(method, run, run.hidden_dim, 0, 1)).model).count()
+def _model(method: str, run: Run) -> ModelConfig:
+    return Config.from_dict(_fields(method, run, 0, 1)).model
 
 
-def _fields(method: str, run: Run, hidden_dim: int, seed: int, inner_steps: int) -> dict:
+def _fields(method: str, run: Run, seed: int, inner_steps: int) -> dict:
     if method == "window_only":
         heads = run.embed_dim // run.window_head_dim
         one = layer("attention", num_heads=heads, window=run.chunk)
@@ -90,7 +91,7 @@ def _fields(method: str, run: Run, hidden_dim: int, seed: int, inner_steps: int)
             "num_layers": run.num_layers,
             "max_length": run.length,
             "layers": (one,),
-            "ffns": {"dense": {"hidden_dim": hidden_dim}},
+            "ffns": {"dense": {"hidden_dim": run.hidden_dim}},
             "dtype": run.dtype,
         },
         "data": {"sequence_length": run.length, "batch_size": run.rows,

@@ -1,11 +1,14 @@
 """Tokens/s of the fast weights alone, one chunk after the other and all at once."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from models import Layer
 
+from efficient_lm.evaluation.results import attempt
 from efficient_lm.mixers import fast_weights
 from efficient_lm.mixers.fast_weight_rows import read_rows
 from efficient_lm.mixers.fast_weights import Chunk, Rule
@@ -13,28 +16,50 @@ from efficient_lm.mixers.ttt import LADDER, ladder
 from pallas_kernels._core.timing import measure
 
 
-def rows(size: Layer, repeats: int) -> Iterator[dict]:
-    """A row for each step of the ladder, form, and direction: the best of `repeats` times."""
-    for step in LADDER:
-        rule = Rule(**ladder(step))
-        initial, query, chunk = draw(rule, size)
-        start = fast_weights.nothing_learned(rule, initial, size.B)
-        for form in ("sequential", "parallel") if rule.is_linear else ("sequential",):
+def rows(size: Layer, repeats: int, at_once: int) -> Iterator[dict]:
+    """A row for each step of the ladder, form, and direction: the best of `repeats` times.
 
-            def read(initial, query, chunk, rule=rule, form=form, start=start):
-                return read_rows(rule, form, size.C, initial, start, query, chunk)
+    `at_once` programs compile at the same time; they are timed one after the other, behind all.
+    """
+    jobs = []
+    with ThreadPoolExecutor(at_once) as pool:
+        for step in LADDER:
+            rule = Rule(**ladder(step))
+            arguments = draw(rule, size)
+            for form in ("sequential", "parallel") if rule.is_linear else ("sequential",):
+                for what in ("forward", "forward and backward"):
+                    function = partial(read if what == "forward" else gradient, rule, form, size)
+                    job = pool.submit(compiled, function, arguments)
+                    row = {"part": "speed", "method": step, "form": form, "what": what}
+                    jobs.append((row, job, arguments))
+    for row, job, arguments in jobs:
+        yield attempt(row, partial(timed, job, arguments, size, repeats))
 
-            def gradient(*arrays, read=read):
-                total = lambda *arrays: jnp.sum(read(*arrays).astype(jnp.float32))  # noqa: E731
-                return jax.grad(total, argnums=(0, 1, 2))(*arrays)
 
-            for what, function in {"forward": read, "forward and backward": gradient}.items():
-                timing = measure(jax.jit(function), initial, query, chunk, repeats=repeats)
-                yield {
-                    "part": "speed", "method": step, "form": form, "what": what,
-                    "milliseconds": round(timing.minimum, 3),
-                    "tokens_per_second": round(1e3 * size.B * size.T / timing.minimum),
-                }  # fmt: skip
+def read(rule: Rule, form: str, size: Layer, initial, query, chunk):
+    """What the queries of a row read."""
+    start = fast_weights.nothing_learned(rule, initial, size.B)
+    return read_rows(rule, form, size.C, initial, start, query, chunk)
+
+
+def gradient(rule: Rule, form: str, size: Layer, *arrays):
+    """Of the sum of all that is read, by each array."""
+    total = lambda *arrays: jnp.sum(read(rule, form, size, *arrays).astype(jnp.float32))  # noqa: E731
+    return jax.grad(total, argnums=(0, 1, 2))(*arrays)
+
+
+def compiled(function, arguments):
+    """The function, compiled for these arguments."""
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def timed(job: Future, arguments: tuple, size: Layer, repeats: int) -> dict:
+    """Time of the compiled function that `job` gives."""
+    timing = measure(job.result(), *arguments, repeats=repeats)
+    return {
+        "milliseconds": round(timing.minimum, 3),
+        "tokens_per_second": round(1e3 * size.B * size.T / timing.minimum),
+    }
 
 
 def draw(rule: Rule, size: Layer):

@@ -1,15 +1,10 @@
 """What is compared: five mixers in one model, with the same number of parameters."""
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import jax
-from flax import nnx
-
-from efficient_lm.config import Config, layer
-from efficient_lm.model.definition import define
-from efficient_lm.model.language_model import LanguageModel
+from efficient_lm.config import Config, ModelConfig, layer
+from efficient_lm.training.in_memory import equal_hidden_dim
 
 METHODS = ("softmax", "two_mamba_e", "two_mamba", "mamba_2s", "mamba2")
 
@@ -73,18 +68,17 @@ def layers(method: str, run: Run) -> tuple:
 
 def make_config(method: str, run: Run, seed: int = 0, pairs: int | None = None) -> Config:
     """The config of a training; pairs: of each row of recall."""
-    missing = _count("softmax", run) - _count(method, run)
-    hidden_dim = run.hidden_dim + 8 * round(missing / (24 * run.embed_dim * run.num_layers))
-    return Config.from_dict(_fields(method, run, hidden_dim, seed, pairs))
+    fields = _fields(method, run, seed, pairs)
+    hidden_dim = equal_hidden_dim(_model(method, run), _model("softmax", run))
+    fields["model"]["ffns"]["dense"]["hidden_dim"] = hidden_dim
+    return Config.from_dict(fields)
 
 
-@cache
-def _count(method: str, run: Run) -> int:
-    fields = _fields(method, run, run.hidden_dim, 0, None)
-    return define(Config.from_dict(fields).model).count()
+def _model(method: str, run: Run) -> ModelConfig:
+    return Config.from_dict(_fields(method, run, 0, None)).model
 
 
-def _fields(method: str, run: Run, hidden_dim: int, seed: int, pairs: int | None) -> dict[str, Any]:
+def _fields(method: str, run: Run, seed: int, pairs: int | None) -> dict[str, Any]:
     data = {"sequence_length": run.length, "batch_size": run.rows, "mask_across_documents": False}
     if run.pairs:
         data |= {
@@ -102,7 +96,7 @@ def _fields(method: str, run: Run, hidden_dim: int, seed: int, pairs: int | None
             "num_layers": run.num_layers,
             "max_length": run.length,
             "layers": layers(method, run),
-            "ffns": {"dense": {"hidden_dim": hidden_dim}},
+            "ffns": {"dense": {"hidden_dim": run.hidden_dim}},
             "dtype": run.dtype,
         },
         "data": data,
@@ -111,11 +105,3 @@ def _fields(method: str, run: Run, hidden_dim: int, seed: int, pairs: int | None
         "evaluation": {"batches": run.evaluation_batches},
         "parallel": {"data": 1},
     }
-
-
-def state_bytes(config: Config) -> int:
-    """Bytes of the decode state of one sequence of `max_length` tokens."""
-    state = jax.eval_shape(
-        lambda: LanguageModel(config.model, nnx.Rngs(0)).init_state(1, config.model.max_length)
-    )["layers"]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -4,21 +4,19 @@
 """
 
 import argparse
-import json
-import sys
+import itertools
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
-from datetime import date
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
-from models import ARMS, METHODS, Run, make_config, state_bytes
+from models import ARMS, METHODS, Run, make_config
 
+from efficient_lm.evaluation.results import Results, attempt_all
+from efficient_lm.inference.speed import state_bytes
 from efficient_lm.model.definition import define
-from efficient_lm.training.in_memory import evaluate_in_memory, load_batches, train_in_memory
-from efficient_lm.training.manifest import versions
+from efficient_lm.training.in_memory import load_batches, make_evaluator, train_in_memory
 
 
 def load(run: Run) -> tuple[list, dict]:
@@ -34,27 +32,25 @@ def load(run: Run) -> tuple[list, dict]:
     return train, {pairs: valid for pairs, (_, valid) in parts.items()}
 
 
-def row(part: str, run: Run, method: str, seed: int, batches: tuple[list, dict]) -> dict:
+def trained(run: Run, method: str, seed: int, batches: tuple[list, dict]) -> dict:
     """Train and score one model."""
     began = time.perf_counter()
     config = make_config(method, run, seed)
-    trained = train_in_memory(config, batches[0])
-    scores = {
-        pairs: evaluate_in_memory(config, trained.parameters, valid)
-        for pairs, valid in batches[1].items()
-    }
+    done = train_in_memory(config, batches[0])
+    evaluate = make_evaluator(config)
+    scores = {pairs: evaluate(done.parameters, valid) for pairs, valid in batches[1].items()}
     if run.pairs:
         result = {"accuracy": {str(pairs): round(s["accuracy"], 4) for pairs, s in scores.items()}}
     else:
         result = {"bits_per_byte": round(scores[None]["bits_per_byte"], 4),
                   "loss": round(scores[None]["loss"], 4)}  # fmt: skip
     return {
-        "part": part, "method": method, "seed": seed, **result,
+        **result,
         "parameters": define(config.model).count(),
-        "state_bytes": state_bytes(config),
-        "milliseconds_a_step": round(1e3 * trained.seconds_a_step, 2),
+        "state_bytes": state_bytes(config.model, run.length),
+        "milliseconds_a_step": round(1e3 * done.seconds_a_step, 2),
         "seconds": round(time.perf_counter() - began, 1),
-        "losses": [round(x, 4) for x in trained.losses[:: max(1, run.steps // 50)]],
+        "losses": [round(x, 4) for x in done.losses[:: max(1, run.steps // 50)]],
     }  # fmt: skip
 
 
@@ -73,32 +69,22 @@ def main() -> None:
         help="models trained at the same time, so that compilations overlap",
     )  # fmt: skip
     given = parser.parse_args()
-    began = time.perf_counter()
-    values = {
-        "command": " ".join(["experiments/two_mamba/run.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-        "runs": {},
-        "rows": [],
+    runs = {
+        part: replace(run, steps=given.steps or run.steps)
+        for part, run in ARMS[given.arm].items()
+        if part in given.parts
     }
-    for part in given.parts:
-        run = ARMS[given.arm][part]
-        run = replace(run, steps=given.steps or run.steps)
-        values["runs"][part] = vars(run)
+    settings = {part: asdict(run) for part, run in runs.items()}
+    results = Results(given.out, "experiments/two_mamba/run.py", runs=settings)
+    for part, run in runs.items():
         batches = load(run)
-        with ThreadPoolExecutor(given.at_once) as pool:
-            jobs = [
-                pool.submit(row, part, run, method, seed, batches)
-                for method in given.methods
-                for seed in run.seeds
-            ]
-            for job in as_completed(jobs):
-                values["rows"].append(job.result())
-                values["seconds"] = round(time.perf_counter() - began, 1)
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.write_text(json.dumps(values, indent=1) + "\n")
-                print(json.dumps(values["rows"][-1]), flush=True)
+        jobs = [
+            ({"part": part, "method": method, "seed": seed},
+             partial(trained, run, method, seed, batches))
+            for seed, method in itertools.product(run.seeds, given.methods)
+        ]  # fmt: skip
+        for row in attempt_all(jobs, given.at_once):
+            results.add(row)
 
 
 if __name__ == "__main__":

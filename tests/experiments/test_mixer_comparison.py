@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from efficient_lm.inference.speed import state_bytes
+from efficient_lm.model.definition import define
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments/gated_deltanet"
 RECURRENT = ("gated_deltanet", "mamba2")
@@ -48,20 +51,20 @@ def test_every_part_gives_its_rows(tmp_path):
 def test_mixers_have_the_same_parameters_and_memories(arms, part, arm):
     task = arms.QUALITY[part, arm]
     configs = [arms.quality.make_config(task, mixer) for mixer in arms.MIXERS]
-    counts = [arms.speed.define(config.model).count() for config in configs]
+    counts = [define(config.model).count() for config in configs]
     assert max(counts) < 1.02 * min(counts)
     memories = {}
     for mixer, config in zip(arms.MIXERS, configs, strict=True):
-        state_bytes = arms.quality.shapes.state_bytes
-        assert (state_bytes(config, 64) == state_bytes(config, 256)) == (mixer in RECURRENT)
-        memories[mixer] = state_bytes(config, 64, "memory")
+        same = state_bytes(config.model, 64) == state_bytes(config.model, 256)
+        assert same == (mixer in RECURRENT)
+        memories[mixer] = state_bytes(config.model, 64, "memory")
     assert memories["gated_deltanet"] == memories["mamba2"] > memories["hybrid"] > 0
 
 
 def test_the_models_of_the_speed_part_have_the_same_parameters(arms):
     shape = arms.SPEED["gpu"][0]
     counts = {
-        mixer: arms.speed.define(arms.speed.make_config(shape, mixer, "auto").model).count()
+        mixer: define(arms.speed.make_config(shape, mixer, "auto").model).count()
         for mixer in ("attention", "hybrid", "gated_deltanet")
     }
     assert 0.85e9 < counts["attention"] < 1.2e9

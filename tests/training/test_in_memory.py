@@ -33,5 +33,5 @@ def test_a_run_learns_and_calls_of_any_number_of_steps_give_it(run_config, tmp_p
         first.parameters,
         second.parameters,
     )
-    score = in_memory.evaluate_in_memory(config, first.parameters, valid)
+    score = in_memory.make_evaluator(config)(first.parameters, valid)
     assert abs(score["loss"] - first.losses[-1]) < 0.5 and score["bits_per_byte"] < 9

@@ -27,11 +27,11 @@ def attention(
     sinks: one logit a head that takes part in the softmax and has no value.
     return_log_sum_exp: also return the logarithm of the softmax's denominator, fp32, -inf for a
     query without keys: what merges the outputs over parts of the keys.
-    implementation: "auto", a name ("cudnn", "splash", "xla", "ref"), or names in order of
-    preference; `explain` tells the choice.
+    implementation: "auto", a name ("cudnn", "splash", "splash_parts", "xla", "ref"), or names in
+    order of preference; `explain` tells the choice.
     Differentiable in q, k, v and sinks; with the log-sum-exp by "xla" and "ref" alone ("cudnn" has
-    no gradient of it, "splash" of neither). ValueError for shapes, dtypes or masks that do not fit,
-    and for an implementation that cannot run here.
+    no gradient of it, "splash" and "splash_parts" of neither). ValueError for shapes, dtypes or
+    masks that do not fit, and for an implementation that cannot run here.
     """
     choice = explain(
         q, k, v, mask=mask, soft_cap=soft_cap, sinks=sinks, implementation=implementation

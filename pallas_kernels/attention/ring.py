@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import Mask, Term, attention, gradients
+from pallas_kernels.attention.tile import merge
 
 
 def ring_attention(
@@ -203,20 +204,6 @@ def _backward(ring, residuals, d_out):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def merge(
-    a: tuple[Float[Array, "*rows H"], Float[Array, "*rows"]],
-    b: tuple[Float[Array, "*rows H"], Float[Array, "*rows"]],
-) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
-    """Output and log-sum-exp over all keys from those over two parts of them, fp32.
-
-    A log-sum-exp of -inf is that of no key.
-    """
-    lse = jnp.logaddexp(a[1], b[1])
-    finite = jnp.where(lse == -jnp.inf, 0.0, lse)
-    out = sum(jnp.exp(part - finite)[..., None] * out.astype(jnp.float32) for out, part in (a, b))
-    return out, lse
 
 
 def _of_parts(mask: Mask, i, j) -> Mask:

@@ -12,6 +12,7 @@ from pallas_kernels.attention.mask import Mask, Term
 
 LANES = 128  # of a TPU vector register; lengths are padded to multiples
 BLOCKS = (512, 384, 256, 128)  # tokens, the larger the better as far as VMEM goes
+TABLE_BYTES = 3  # that the kernel keeps for each block of a mask in the scalar memory of the core
 NONE, ALL = np.zeros((1, 1), bool), np.ones((1, 1), bool)  # what a block of a mask has set
 EMPTY = np.float32(1e30)  # instead of the log-sum-exp of no key, in the backward pass
 
@@ -80,6 +81,16 @@ def gradients(
     return scale * dq[:, :T], dk[:, :S], dv[:, :S]
 
 
+def table_bytes(term: Term, T: int, S: int) -> int:
+    """Bytes of the kernel's table of blocks, which is as wide as its longest row."""
+    (rows, block_q), (columns, block_k) = (
+        (length // block, block) for length in map(_round_up, (T, S)) for block in [_block(length)]
+    )
+    if term.window is not None:
+        columns = min(columns, -(-(term.window + block_q) // block_k) + 1)
+    return TABLE_BYTES * rows * columns
+
+
 def _kernel(term: Term, q, S: int, soft_cap, interpret: bool, save_residuals: bool = False):
     """The kernel for these sizes and the static part of `term`."""
     splash = compat.splash_attention()
@@ -108,7 +119,14 @@ def _heads_first(array):
 def _mask(splash, term: Term, T: int, S: int):
     """The static part of `term` for T queries and S keys."""
     if not term.causal and term.window is None:
-        return splash.FullMask((T, S))
+
+        class Full(splash.FullMask):
+            """For the reason below."""
+
+            def __getitem__(self, index):
+                return ALL
+
+        return Full((T, S))
     window = T if term.window is None else term.window
     kind = splash.CausalMask if term.window is None else splash.LocalMask
 
@@ -151,8 +169,7 @@ def _segments(mask: Mask, B: int, T: int, S: int):
 
 def _block_sizes(splash, T: int, S: int):
     """The same blocks forward and backward: the largest that divide the lengths."""
-    block_q = next(size for size in BLOCKS if T % size == 0)
-    block_k = next(size for size in BLOCKS if S % size == 0)
+    block_q, block_k = _block(T), _block(S)
     return splash.BlockSizes(
         block_q=block_q,
         block_kv=block_k,
@@ -163,6 +180,10 @@ def _block_sizes(splash, T: int, S: int):
         block_q_dq=block_q,
         block_kv_dq=block_k,
     )
+
+
+def _block(length: int) -> int:
+    return next(size for size in BLOCKS if length % size == 0)
 
 
 def _round_up(length: int) -> int:

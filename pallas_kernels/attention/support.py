@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 
 from pallas_kernels._core.compat import Target
 from pallas_kernels._core.dispatch import Condition, Implementation
+from pallas_kernels.attention import splash, splash_parts
 from pallas_kernels.attention.mask import Mask, Term
 
 BIAS_BYTES = 2**30  # of a dense mask, up to which cudnn is worth its memory
 DECODING = 16  # queries, up to which reading the keys dominates
+SCALAR_BYTES = 900 * 2**10  # of the 1 MiB of a TPU core that its tables of blocks may take
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,33 @@ TABLE = (
                 lambda f: is_plain(f.static_term, segments=True),
             ),
             Condition("a head dimension that is a multiple of 64", lambda f: f.H % 64 == 0),
+            Condition(
+                "a table of the mask's blocks of at most 900 KiB (up to 2^18 causal tokens)",
+                lambda f: (
+                    f.static_term is None
+                    or splash.table_bytes(f.static_term, f.T, f.S) <= SCALAR_BYTES
+                ),
+            ),
         ),
         advice=(Condition(f"more than {DECODING} queries", lambda f: f.T > DECODING),),
+    ),
+    Implementation(
+        "splash_parts",
+        "pallas_kernels.attention.splash_parts:attention",
+        platforms=("tpu",),
+        dtypes=("bfloat16", "float32"),
+        conditions=(
+            Condition(
+                "a mask that is full or causal, with or without segments, and no index arrays",
+                lambda f: is_plain(f.static_term, segments=True) and f.static_term.window is None,
+            ),
+            Condition("a head dimension that is a multiple of 64", lambda f: f.H % 64 == 0),
+            Condition(
+                f"lengths that are multiples of {splash_parts.SIZES[-1]}",
+                lambda f: f.T % splash_parts.SIZES[-1] == f.S % splash_parts.SIZES[-1] == 0,
+            ),
+            Condition("no sinks", lambda f: not f.sinks),
+        ),
     ),
     Implementation(
         "xla", "pallas_kernels.attention.xla:attention", platforms=("cpu", "gpu", "tpu")

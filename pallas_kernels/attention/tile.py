@@ -105,6 +105,20 @@ def gradients(q, k, v, d_out, weights, scores, delta, options, layout):
     return dq, dk, dv
 
 
+def merge(
+    a: tuple[Float[Array, "*rows H"], Float[Array, "*rows"]],
+    b: tuple[Float[Array, "*rows H"], Float[Array, "*rows"]],
+) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
+    """Output and log-sum-exp over all keys from those over two parts of them, fp32.
+
+    A log-sum-exp of -inf is that of no key.
+    """
+    lse = jnp.logaddexp(a[1], b[1])
+    finite = jnp.where(lse == -jnp.inf, 0.0, lse)
+    out = sum(jnp.exp(part - finite)[..., None] * out.astype(jnp.float32) for out, part in (a, b))
+    return out, lse
+
+
 def delta(out, d_out, d_lse=None):
     """What a row's d_weights are measured against, fp32 [b, k, g, t].
 

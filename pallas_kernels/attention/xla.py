@@ -18,6 +18,7 @@ from pallas_kernels.attention import schedule, tile, xla_panels, xla_tiles
 from pallas_kernels.attention.mask import Mask
 
 PANEL_BYTES = 2**24  # of fp32 scores, up to which all of them may be alive at once
+ROWS = 1024  # of tiles at most
 SHORT = 16  # queries, up to which their scores are linear in memory anyway
 
 
@@ -98,8 +99,10 @@ def choose_chunks(mask: Mask, heads: int, T: int, S: int) -> tuple[int, int | No
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
-    """Queries and keys a tile."""
+    """Queries and keys a tile; larger ones for millions of tokens, as all tiles are listed."""
     chunk = 512 if T >= 4096 else 256
+    while ROWS * chunk < T:
+        chunk *= 2
     return min(chunk, T), min(chunk, S)
 
 

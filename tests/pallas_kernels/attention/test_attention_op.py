@@ -210,6 +210,11 @@ def test_excluded_tiles_are_not_visited():
     assert len(count(Mask((Term(causal=True),), key_index=jnp.zeros((1, 1024), jnp.int32)))) == 256
 
 
+def test_the_list_of_tiles_stays_small_for_millions_of_tokens():
+    for length in (2**12, 2**19, 2**20, 5 * 2**20):
+        assert length // xla.tile_sizes(length, length)[0] <= 1024
+
+
 def test_tile_states_agree_with_the_dense_mask(rng):
     """EMPTY tiles hold no allowed pair and FULL ones only such, for random static masks."""
     for _ in range(200):

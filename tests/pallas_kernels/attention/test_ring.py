@@ -13,7 +13,8 @@ from efficient_lm import masks
 from pallas_kernels._core.compat import tpu_devices
 from pallas_kernels._core.testing import errors_against
 from pallas_kernels.attention import attention, ring
-from pallas_kernels.attention.ring import merge, ring_attention
+from pallas_kernels.attention.ring import ring_attention
+from pallas_kernels.attention.tile import merge
 
 T = 64
 SEGMENTS = jnp.array(

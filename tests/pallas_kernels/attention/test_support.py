@@ -41,6 +41,12 @@ CHOICES = [
     ("tpu", {}, "splash"),
     ("tpu", {"mask": PACKED, "soft_cap": True, "sinks": True}, "splash"),
     ("tpu", {"mask": masks.SlidingWindow(8).lower()}, "splash"),
+    ("tpu", {"T": 2**18, "S": 2**18}, "splash"),
+    ("tpu", {"mask": masks.SlidingWindow(4096).lower(), "T": 2**20, "S": 2**20}, "splash"),
+    ("tpu", {"T": 2**20, "S": 2**20}, "splash_parts"),
+    ("tpu", {"mask": PACKED, "T": 2**20, "S": 2**20}, "splash_parts"),
+    ("tpu", {"sinks": True, "T": 2**20, "S": 2**20}, "xla"),
+    ("tpu", {"T": 10**6, "S": 10**6}, "xla"),  # no multiple of 8192
     ("tpu", {"mask": masks.BlockCausal(8).lower()}, "xla"),
     ("tpu", {"mask": masks.Causal().lower(key_index=jnp.zeros((1, 64), jnp.int32))}, "xla"),
     ("tpu", {"H": 80}, "xla"),

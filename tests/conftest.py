@@ -2,17 +2,45 @@
 
 import os
 
-# Tests compile far more than they compute: half of LLVM's work would be for nothing.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
-
 import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    """--accelerator: the tests that need one, on what JAX finds; without it all others, on CPUs."""
+    parser.addoption(
+        "--accelerator", action="store_true", help="run the tests that need a GPU or TPU, alone"
+    )
+
+
+def pytest_configure(config):
+    """Choose the platform before anything asks for devices."""
+    if config.getoption("accelerator"):
+        if jax.default_backend() == "cpu":
+            raise pytest.UsageError("--accelerator: JAX finds no GPU or TPU here, only CPUs")
+        return
+    # Tests compile far more than they compute: half of LLVM's work would be for nothing.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}"
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is for the other platform."""
+    if config.getoption("accelerator"):
+        others = [item for item in items if not item.get_closest_marker("accelerator")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.get_closest_marker("accelerator")]
+        return
+    reason = "needs a GPU or TPU: run pytest --accelerator where there is one"
+    for item in items:
+        if item.get_closest_marker("accelerator"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -104,6 +104,34 @@ CASES = {
     "all_padding": Case(segments=lengths((0, 40)), initial_state=True),
 }
 
+# What the Hopper kernels have to tell apart, at sizes that they take. Chunks of 64, in pairs; of
+# linear attention, rows of "packed" and "no_decay" run in two pieces.
+HOPPER_CASES = {
+    "one_token": Case(B=8, T=1, K=64, V=64, initial_state=True, dtype="bfloat16"),
+    "packed": Case(
+        T=197, H=1, N=3, K=64, V=128, initial_state=True, dtype="bfloat16",
+        segments=lengths((0, 5), (1, 90), (0, 10), (2, 7), (3, 70), (0, 15)),
+    ),
+    "no_decay": Case(T=197, K=128, V=64, decay="none", dtype="bfloat16"),
+    "two_tiles_a_processor": Case(
+        B=4, T=150, H=4, N=16, K=128, V=128, initial_state=True, dtype="bfloat16"
+    ),
+}  # fmt: skip
+HOPPER_OPS = ("gated_delta_rule", "gated_linear_attention")
+
+
+def hopper_arguments(op: str, name: str) -> dict:
+    """Of a case; what stands in padding is large, and must not show."""
+    case = HOPPER_CASES[name]
+    arguments = case.arguments()
+    if op == "gated_linear_attention":
+        del arguments["beta"]
+    if case.segments is not None:
+        padding = (case.segment_ids == 0)[:, :, None, None]
+        for x in ("k", "v"):
+            arguments[x] = jnp.where(padding, 10 * arguments[x], arguments[x])
+    return arguments
+
 
 def errors(reference, function, arguments: dict, upcast: bool = True) -> dict:
     """Relative errors of o, final state and each gradient, from cotangents of both results.
@@ -126,7 +154,10 @@ def _results(function, given: dict, arguments: dict) -> dict:
     def run(given):
         out, pull = jax.vjp(outputs, given)
         keys = dict(zip(out, jax.random.split(jax.random.key(7)), strict=True))
-        cotangents = {name: jax.random.normal(keys[name], out[name].shape) for name in out}
+        # Of bf16, so that those of a bf16 output and of its fp32 reference are the same.
+        cotangents = {
+            name: jax.random.normal(keys[name], out[name].shape, "bfloat16") for name in out
+        }
         (gradients,) = pull({name: x.astype(out[name].dtype) for name, x in cotangents.items()})
         return out | {f"d_{name}": value for name, value in gradients.items()}
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from recurrence_cases import HOPPER_CASES, HOPPER_OPS, hopper_arguments
 
 import pallas_kernels
 from pallas_kernels._hopper.support import VERSION
@@ -31,24 +32,24 @@ def shapes(heads=2, value_heads=2, features=128, values=128, dtype=jnp.bfloat16,
 
 
 @needs_mosaic
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("op", ["gated_linear_attention", "gated_delta_rule"])
-def test_forward_and_backward_lower(op, packed):
-    q, k, v, g, beta = shapes(heads=1)
-    arguments = (q, k, v, g, beta) if op == "gated_delta_rule" else (q, k, v, g)
-    segments = jax.ShapeDtypeStruct((2, 200), jnp.int32) if packed else None
-
+@pytest.mark.parametrize("name", ["packed", "two_tiles_a_processor"])
+@pytest.mark.parametrize("op", HOPPER_OPS)
+def test_forward_and_backward_lower(op, name):
     def loss(arguments, segments):
         o, state = getattr(pallas_kernels, op)(
-            *arguments, segment_ids=segments, output_final_state=True, implementation="mosaic_gpu"
+            **arguments, segment_ids=segments, output_final_state=True, implementation="mosaic_gpu"
         )
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
     with on_hopper():
-        traced = jax.jit(jax.grad(loss)).trace(arguments, segments)
+        gradient = jax.value_and_grad(loss)
+        given = jax.eval_shape(lambda: hopper_arguments(op, name))
+        traced = jax.jit(gradient).trace(given, HOPPER_CASES[name].segment_ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # prepare, scan, reverse and gradients: nothing needs the output of the forward pass.
-    assert text.count("custom_call @mosaic_gpu") == 4
+    # Forward: prepare and scan, one more scan where rows run in pieces; backward: prepare, scan,
+    # reverse and gradients.
+    pieces = (op, name) == ("gated_linear_attention", "packed")
+    assert text.count("custom_call @mosaic_gpu") == 6 + pieces
 
 
 @needs_mosaic

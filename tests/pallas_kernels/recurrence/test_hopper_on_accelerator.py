@@ -1,0 +1,39 @@
+"""The Hopper kernels against the recurrence in fp32 on a Hopper GPU: pytest --accelerator."""
+
+import functools
+
+import jax
+import pytest
+from recurrence_cases import HOPPER_CASES, HOPPER_OPS, errors, hopper_arguments
+
+import pallas_kernels
+
+
+def worst_error(op: str, name: str, implementation: str) -> float:
+    """Of output, final state and each gradient, from cotangents of both results."""
+    run = functools.partial(
+        getattr(pallas_kernels, op),
+        segment_ids=HOPPER_CASES[name].segment_ids,
+        output_final_state=True,
+    )
+    found = errors(
+        functools.partial(run, implementation="ref"),
+        functools.partial(run, implementation=implementation),
+        hopper_arguments(op, name),
+    )
+    print(op, name, {key: f"{value:.1e}" for key, value in found.items()})
+    return max(found.values())
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("name", HOPPER_CASES)
+@pytest.mark.parametrize("op", HOPPER_OPS)
+def test_kernels_are_the_recurrence(op, name):
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a Hopper GPU")
+    assert worst_error(op, name, "mosaic_gpu") < 1e-2
+
+
+@pytest.mark.parametrize("op", HOPPER_OPS)
+def test_the_bound_is_what_portable_chunks_meet(op):
+    assert worst_error(op, "packed", "xla") < 1e-2

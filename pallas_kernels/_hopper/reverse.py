@@ -7,11 +7,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._hopper.scan import STAGES, registers
+from pallas_kernels._hopper.frame import STAGES, Frame
 from pallas_kernels._hopper.tiles import CHUNK, MATRIX, SQUARE, TILE, across, tiles
 
 
@@ -27,7 +26,7 @@ def reverse(q, k, d_out, gates, scores, inverse, d_final, *, scale, warpgroups):
     N, V = d_out.shape[2:]
     chunks, dtype = T // CHUNK, q.dtype
     delta = inverse is not None
-    shared = N // H
+    frame = Frame(B, H, N, V, chunks, warpgroups)
 
     def kernel(*refs):
         refs = iter(refs)
@@ -37,96 +36,60 @@ def reverse(q, k, d_out, gates, scores, inverse, d_final, *, scale, warpgroups):
         d_v_ref = next(refs) if delta else None
 
         def body(q_s, d_out_s, gates_s, k_s, scores_s, inverse_s, d_states_s, d_v_s, full, empty):
-            row = lax.axis_index("row")
-            batch, n = row // N, lax.rem(row, N)
-            head = n // shared
-            me = lax.axis_index("wg")
+            def fetch(place, get):
+                batch, n, head, chunk, tokens, slot = place
+                get(q_ref.at[batch, tokens, head], q_s.at[slot])
+                get(gates_ref.at[batch, n, chunk], gates_s.at[slot])
+                for w in range(warpgroups):
+                    get(d_out_ref.at[batch, tokens, n, frame.features(w)], d_out_s.at[slot, w])
+                if delta:
+                    get(k_ref.at[batch, tokens, head], k_s.at[slot])
+                    get(scores_ref.at[batch, n, chunk], scores_s.at[slot])
+                    get(inverse_ref.at[batch, n, chunk], inverse_s.at[slot])
 
-            @pl.when(me == warpgroups)
-            def fetch():
-                registers(warpgroups, fetches=True)
+            def step(place, me, features, d_state):
+                batch, n, _, chunk, tokens, slot = place
+                d_out_t = plgpu.load(d_out_s.at[slot, me].T, layout=MATRIX)
+                before = across(gates_s.at[slot, 0], TILE)
+                whole = gates_s[slot, 0, CHUNK - 1]
+                low = d_state.astype(dtype)
 
-                @pl.loop(0, chunks)
-                def _(step):
-                    slot = lax.rem(step, STAGES)
-                    i = chunks - 1 - step
+                def put_state():
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    d_states_s[me] = low
 
-                    @pl.when(step >= STAGES)
-                    def _():
-                        plgpu.barrier_wait(empty.at[slot])
+                def products(stored, shown, out):
+                    """Gradient of the values that the chunk's queries and its end have read."""
+                    plgpu.wgmma(stored, low, k_s.at[slot].T)
+                    plgpu.wgmma(shown, d_out_t, scores_s.at[slot])
+                    put_state()  # while the products run
+                    after = across(gates_s.at[slot, 1], TILE)
+                    written = (stored[...] * after + shown[...]).astype(dtype)
+                    plgpu.wgmma(out, written, inverse_s.at[slot])
+                    return out[...]
 
-                    tokens, barrier = pl.ds(i * CHUNK, CHUNK), full.at[slot]
+                if delta:
+                    d_v = pl.run_scoped(products, *[plgpu.ACC((TILE, CHUNK), jnp.float32)] * 3)
+                    to_key = (-d_v * before).astype(dtype)
+                to_query = (d_out_t.astype(jnp.float32) * before * scale).astype(dtype)
 
-                    def get(source, target):
-                        plgpu.copy_gmem_to_smem(source, target, barrier)
-
-                    get(q_ref.at[batch, tokens, head], q_s.at[slot])
-                    get(gates_ref.at[batch, n, i], gates_s.at[slot])
-                    for w in range(warpgroups):
-                        features = pl.ds((lax.axis_index("v") * warpgroups + w) * TILE, TILE)
-                        get(d_out_ref.at[batch, tokens, n, features], d_out_s.at[slot, w])
+                def update(accumulator):
+                    plgpu.wgmma(accumulator, to_query, q_s.at[slot])
                     if delta:
-                        get(k_ref.at[batch, tokens, head], k_s.at[slot])
-                        get(scores_ref.at[batch, n, i], scores_s.at[slot])
-                        get(inverse_ref.at[batch, n, i], inverse_s.at[slot])
-
-            @pl.when(me < warpgroups)
-            def compute():
-                registers(warpgroups, fetches=False)
-                features = pl.ds((lax.axis_index("v") * warpgroups + me) * TILE, TILE)
-
-                def step(step, d_state):
-                    slot = lax.rem(step, STAGES)
-                    i = chunks - 1 - step
-                    tokens = pl.ds(i * CHUNK, CHUNK)
-                    plgpu.barrier_wait(full.at[slot])
-                    d_out_t = plgpu.load(d_out_s.at[slot, me].T, layout=MATRIX)
-                    before = across(gates_s.at[slot, 0], TILE)
-                    whole = gates_s[slot, 0, CHUNK - 1]
-                    low = d_state.astype(dtype)
-
-                    def put_state():
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        d_states_s[me] = low
-
-                    def products(stored, shown, out):
-                        """Gradient of the values that the chunk's queries and its end have read."""
-                        plgpu.wgmma(stored, low, k_s.at[slot].T)
-                        plgpu.wgmma(shown, d_out_t, scores_s.at[slot])
-                        put_state()  # while the products run
-                        after = across(gates_s.at[slot, 1], TILE)
-                        written = (stored[...] * after + shown[...]).astype(dtype)
-                        plgpu.wgmma(out, written, inverse_s.at[slot])
-                        return out[...]
-
+                        plgpu.wgmma(accumulator, to_key, k_s.at[slot])
+                        d_v_s.at[me].T[...] = d_v.astype(dtype)
+                    else:
+                        put_state()
+                    plgpu.commit_smem()
+                    target = d_states_ref.at[batch, n, chunk, features]
+                    plgpu.copy_smem_to_gmem(d_states_s.at[me], target)
                     if delta:
-                        d_v = pl.run_scoped(products, *[plgpu.ACC((TILE, CHUNK), jnp.float32)] * 3)
-                        to_key = (-d_v * before).astype(dtype)
-                    to_query = (d_out_t.astype(jnp.float32) * before * scale).astype(dtype)
+                        target = d_v_ref.at[batch, tokens, n, features]
+                        plgpu.copy_smem_to_gmem(d_v_s.at[me], target)
 
-                    def update(accumulator):
-                        plgpu.wgmma(accumulator, to_query, q_s.at[slot])
-                        if delta:
-                            plgpu.wgmma(accumulator, to_key, k_s.at[slot])
-                            d_v_s.at[me].T[...] = d_v.astype(dtype)
-                        else:
-                            put_state()
-                        plgpu.commit_smem()
-                        target = d_states_ref.at[batch, n, i, features]
-                        plgpu.copy_smem_to_gmem(d_states_s.at[me], target)
-                        if delta:
-                            target = d_v_ref.at[batch, tokens, n, features]
-                            plgpu.copy_smem_to_gmem(d_v_s.at[me], target)
+                return pl.run_state(update)(plgpu.ACC.init(d_state * whole))
 
-                    d_state = pl.run_state(update)(plgpu.ACC.init(d_state * whole))
-                    plgpu.barrier_arrive(empty.at[slot])
-                    return d_state
-
-                d_state = plgpu.load(d_final_ref.at[batch, n, features], layout=MATRIX,
-                                     optimized=False)  # fmt: skip
-                d_state = lax.fori_loop(0, chunks, step, d_state)
-                d_initial_ref[batch, n, features] = d_state
-                plgpu.wait_smem_to_gmem(0)
+            frame.walk(fetch, step, d_final_ref, d_initial_ref, full, empty, backwards=True)
 
         pl.run_scoped(
             body,
@@ -149,13 +112,6 @@ def reverse(q, k, d_out, gates, scores, inverse, d_final, *, scale, warpgroups):
     ]
     if delta:
         out += [jax.ShapeDtypeStruct((B, T, N, V), dtype)]
-    d_initial, d_states, *d_v = plgpu.kernel(
-        kernel,
-        out_type=out,
-        grid=(B * N, V // (TILE * warpgroups)),
-        grid_names=("row", "v"),
-        num_threads=warpgroups + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, d_out, gates, d_final, *([k, scores, inverse] if delta else []))
+    operands = [q, d_out, gates, d_final] + [k, scores, inverse] * delta
+    d_initial, d_states, *d_v = frame.launch(kernel, out)(*operands)
     return d_states, d_v[0] if delta else None, d_initial

@@ -28,6 +28,9 @@ def over_tokens(
     "embed") and is gathered in `dtype`; its gradient is summed in float32 and scattered to where
     the parameter is.
     """
+    if arrays[0].shape[1] == 1 and not summed:
+        # A step of decoding reads a few rows of the table; these are moved, and not the table.
+        return function(weight.astype(dtype), *arrays)
     tokens = (*TOKENS, "tensor")
     if arrays[0].shape[1] % math.prod(mesh.shape[axis] for axis in tokens):
         tokens = TOKENS

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 # Primitives that read and write whole arrays whatever is fused with them.
-MOVES = ("gather", "scatter", "scatter-add", "sort", "all_to_all", "all_gather", "ppermute")
+MOVES = ("sort", "all_to_all", "all_gather", "ppermute")
 
 
 @dataclass
@@ -16,9 +16,10 @@ class Work:
     """What a program does on all devices together.
 
     flops: of products by kind ("product", "ragged product", "kernel NAME", ...); element-wise work
-      is left out. split_bytes, whole_bytes: operands and results of products, kernels, gathers and
-      scatters, read or written once each; split: of arrays that the batch is in, which devices
-      share; whole: of weights, which every device reads in full wherever they are gathered.
+      is left out. split_bytes, whole_bytes: operands and results of products and kernels, and what
+      is gathered or scattered, read or written once each; split: of arrays that the batch is in,
+      which devices share; whole: of weights, which every device reads in full wherever they are
+      gathered.
     saved_bytes: results that a loop over layers stacks for the loop of its backward pass.
     notes: what had to be guessed.
     """
@@ -114,7 +115,14 @@ def _equation(work: Work, equation, given: list[_Known]) -> list[_Known] | None:
     if name.startswith("dot_product_attention"):
         _fused_attention(work, equation)
         return None
-    if name.replace("_", "-") in MOVES or name in MOVES:
+    if name == "gather" or name.startswith("scatter"):
+        # Of the array itself only what the indices name: rows of a cache are written in place.
+        _, *indices = zip(equation.invars, given, strict=True)
+        split = _Known(split=any(k.split for k in given))
+        rows = (equation.outvars[0], split) if name == "gather" else indices.pop()
+        _add_bytes(work, [*indices, rows, rows])
+        return None
+    if name in MOVES:
         _traffic(work, equation, given)
         return None
     for inner in _inner(parameters):
@@ -164,8 +172,12 @@ def _product(work: Work, equation, given: list[_Known]) -> list[_Known]:
 def _traffic(work: Work, equation, given, results=None) -> None:
     """Bytes of all operands and results, once each."""
     results = results or [_Known(split=any(k.split for k in given))] * len(equation.outvars)
-    pairs = [*zip(equation.invars, given), *zip(equation.outvars, results)]  # noqa: B905
-    for atom, value in pairs:
+    _add_bytes(work, [*zip(equation.invars, given), *zip(equation.outvars, results)])  # noqa: B905
+
+
+def _add_bytes(work: Work, values: list[tuple[Any, _Known]]) -> None:
+    """Bytes of these atoms, by whether the batch is in them."""
+    for atom, value in values:
         size = _bytes(atom.aval)
         if value.split:
             work.split_bytes += size

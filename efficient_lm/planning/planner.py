@@ -96,8 +96,8 @@ def make_plan(
         },
         "memory_traffic": {
             "bytes": traffic,
-            "source": f"{JAXPR}: operands and results of products, kernels and gathers, and the "
-            "state, once each; element-wise work is taken as fused",
+            "source": f"{JAXPR}: operands and results of products and kernels, rows gathered and "
+            "scattered, and the state, once each; element-wise work is taken as fused",
         },
         "collectives": {"rows": rows, "source": source},
         "roofline": {

@@ -27,6 +27,18 @@ def test_a_product_is_two_m_n_k():
     assert result.whole_bytes == 4 * K * N
 
 
+def test_of_tables_and_caches_only_the_rows_that_are_named_count():
+    table, places, rows = jnp.zeros((M, K)), jnp.zeros((3, 1), jnp.int32), jnp.zeros((3, K))
+    moved = 2 * rows.nbytes + places.nbytes
+    take = lambda table, places: table.at[places[:, 0]].get(mode="promise_in_bounds")  # noqa: E731
+    put = lambda table, places, rows: table.at[places[:, 0]].set(  # noqa: E731
+        rows, mode="promise_in_bounds"
+    )
+    assert work(take, table, places, batch=(1,)).split_bytes == moved
+    assert work(put, table, places, rows, batch=(1, 2)).split_bytes == moved
+    assert work(take, table, places, batch=(1,)).whole_bytes == 0
+
+
 def test_a_scan_counts_its_trips_and_remat_what_it_computes_again():
     def loss(weights, x, policy):
         layer = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731

@@ -18,7 +18,7 @@ from efficient_lm.parallel.rules import batch_sharding
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.speed import peak_memory_bytes
 from efficient_lm.training.state import abstract_state, make_initializer
-from efficient_lm.training.step import make_train_step
+from efficient_lm.training.step import jit_train_step, make_train_step
 
 
 class CompiledStep(NamedTuple):
@@ -47,7 +47,7 @@ def compile_step(
     placed = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in batch.items()
     }
-    compiled = jax.jit(step, donate_argnums=0).lower(abstract, placed).compile()
+    compiled = jit_train_step(step, abstract).lower(abstract, placed).compile()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     start = jax.jit(initial, out_shardings=shardings).lower().compile()
     facts = {

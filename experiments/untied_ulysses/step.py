@@ -3,7 +3,6 @@ memory costs one row. Reads a JSON object on stdin and prints one."""
 
 import json
 import sys
-import time
 
 
 def main() -> None:
@@ -24,74 +23,31 @@ def main() -> None:
 
 
 def measure(given: dict) -> dict:
-    """Seconds a step (the best of a few), bytes by the compiler and by the allocator, in one row.
+    """Seconds a step, and bytes by the compiler and by the allocator, in one row.
 
     given: `config` (nested fields of Config), `devices`, `steps` (0: compile only).
     """
     import jax
-    import numpy as np
 
     from efficient_lm.config import Config
     from efficient_lm.model.definition import define
     from efficient_lm.parallel.check import check_mesh
     from efficient_lm.parallel.mesh import make_mesh
-    from efficient_lm.parallel.rules import batch_sharding
-    from efficient_lm.training.optimizer import make_optimizer
-    from efficient_lm.training.state import abstract_state, make_initializer
-    from efficient_lm.training.step import jit_train_step, make_train_step
+    from efficient_lm.training.speed import device_memory_bytes
+    from efficient_lm.training.step_time import compile_step, time_step
 
     config = Config.from_dict(given["config"])
-    mesh = make_mesh(config.parallel, jax.devices()[: given["devices"]])
-    definition = define(config.model)
-    check_mesh(config, definition, mesh)
-    optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
-    initial = make_initializer(config, definition, optimizer)
-    abstract = abstract_state(initial, definition, mesh, config.parallel.rules)
-    step = make_train_step(
-        config, definition, optimizer, mesh, np.ones(config.model.vocabulary_size, np.int32)
-    )
-    rows, length = config.data.batch_size, config.data.sequence_length
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.model.vocabulary_size, (rows, length + 1)).astype(np.int32)
-    batch = {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "weights": np.ones((rows, length), np.float32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
-        "segment_ids": np.ones((rows, length), np.int32),
-    }
-    batch = jax.device_put(batch, batch_sharding(mesh))
-    began = time.perf_counter()
-    compiled = jit_train_step(step, abstract).lower(abstract, batch).compile()
-    analysis = compiled.memory_analysis()
-    row = {
-        "parameters": definition.count(),
-        "compile_seconds": round(time.perf_counter() - began, 1),
-        "temporary_bytes": int(analysis.temp_size_in_bytes),
-        "argument_bytes": int(analysis.argument_size_in_bytes),
-        "device": jax.devices()[0].device_kind,
-    }
-    if not given["steps"]:
-        return row
-    state = jax.jit(initial, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
-    times = []
-    for _ in range(given["steps"] + 1):  # the first one warms up
-        jax.block_until_ready(state)
-        began = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready((state, metrics))
-        times.append(time.perf_counter() - began)
-    later = times[1:] or times
-    row |= {
-        "step_seconds": min(later),
-        "steps": len(later),
-        "tokens_per_second": rows * length / min(later),
-        "loss": float(metrics["loss_sum"] / metrics["weight_sum"]),
-        "skipped": int(metrics["skipped"]),
-    }
-    memory = jax.devices()[0].memory_stats()
-    if memory and "peak_bytes_in_use" in memory:
-        row["peak_bytes"] = int(memory["peak_bytes_in_use"])
+    devices = jax.devices()[: given["devices"]]
+    check_mesh(config, define(config.model), make_mesh(config.parallel, devices))
+    compiled = compile_step(config, devices)
+    row = compiled.facts | {"device": devices[0].device_kind}
+    if given["steps"]:
+        row |= time_step(compiled, 1, given["steps"])
+        tokens = config.data.batch_size * config.data.sequence_length
+        row |= {"steps": given["steps"], "tokens_per_second": tokens / row["step_seconds"]}
+        peak = device_memory_bytes(devices[0])
+        if peak is not None:
+            row["peak_bytes"] = peak
     return row
 
 

@@ -24,8 +24,10 @@ def pytest_configure(config):
             raise pytest.UsageError("--accelerator: JAX finds no GPU or TPU here, only CPUs")
         return
     # Tests compile far more than they compute: half of LLVM's work would be for nothing.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}"
+    flags = "--xla_backend_optimization_level=0"
+    if jax.__version_info__ < (0, 11):  # later ones do not know it; a program compiles 3x faster
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
 

@@ -120,7 +120,12 @@ def test_compile_time_is_flat_in_depth():
         return len(program.splitlines()), time.process_time() - start
 
     compiled(12)  # what is done once a process
-    (shallow, shallow_seconds), (deep, deep_seconds) = compiled(12), compiled(48)
-    print(f"\ncompile CPU seconds at 12 and 48 layers: {shallow_seconds:.2f} {deep_seconds:.2f}")
-    assert deep <= 1.02 * shallow  # the same program: what no busy machine can disturb
-    assert deep_seconds < 1.6 * shallow_seconds
+    shallow, deep = [], []
+    for _ in range(3):
+        shallow.append(compiled(12))
+        deep.append(compiled(48))
+    lines, seconds = np.min(shallow, axis=0)
+    deep_lines, deep_seconds = np.min(deep, axis=0)
+    print(f"\nCPU seconds to compile 12 and 48 layers: {seconds:.2f} {deep_seconds:.2f}")
+    assert deep_lines <= 1.02 * lines  # the same program: what no busy machine can disturb
+    assert deep_seconds < 1.6 * seconds  # the best of three: one pause decides nothing

@@ -32,7 +32,6 @@ def start(sweep: Path, workdir: Path, *flags: str) -> subprocess.Popen:
     """The door in a process of its own, on one device."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "COLUMNS": "200",
     }
     return subprocess.Popen(

@@ -23,13 +23,17 @@ def pytest_configure(config):
         if jax.default_backend() == "cpu":
             raise pytest.UsageError("--accelerator: JAX finds no GPU or TPU here, only CPUs")
         return
-    # Tests compile far more than they compute: half of LLVM's work would be for nothing.
-    flags = "--xla_backend_optimization_level=0"
-    if jax.__version_info__ < (0, 11):  # later ones do not know it; a program compiles 3x faster
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
+    # Tests compile far more than they compute: half of LLVM's work would be for nothing.
+    flags = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    if jax.__version_info__ < (
+        0,
+        11,
+    ):  # later ones lack the plain emitters, which compile 3x faster
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}"
+        jax.devices()  # reads the flags; libtpu, which reads them later, would refuse that one
+    os.environ["XLA_FLAGS"] = flags
 
 
 def pytest_collection_modifyitems(config, items):

@@ -298,20 +298,19 @@ def recurrences() -> str:
 
 def mixers() -> str:
     """What models of one size with different mixers learn: text, and recall by number of pairs."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for result in results("experiments/gated_deltanet/results/*.json"):
         for row in result["rows"]:
             if row["what"] in ("language", "recall") and "error" not in row:
-                entry = found.setdefault((device(result), row["mixer"]), {"from": {}})
-                entry[row["what"]] = row
-                entry["from"][source(result)] = None
+                place = (device(result), row["mixer"], source(result))
+                found.setdefault(place, {})[row["what"]] = row
     rows = []
-    for (where, mixer), entry in found.items():
+    for (where, mixer, link), entry in found.items():
         recall = entry.get("recall", {"accuracy": {}})
         accuracy = ", ".join(f"{pairs}: {a:.3f}" for pairs, a in recall["accuracy"].items())
         rows.append((
             where, mixer, accuracy or "-", number(recall.get("memory_bytes"), ","),
-            number(entry.get("language", {}).get("bits_per_byte"), ".3f"), ", ".join(entry["from"]),
+            number(entry.get("language", {}).get("bits_per_byte"), ".3f"), link,
         ))  # fmt: skip
     header = ("device", "mixer", "recall by pairs", "memory bytes", "bits per byte", "from")
     return table(header, rows, left=3)

@@ -1,4 +1,4 @@
-"""What each part runs in each arm: "smoke" for tests, "cpu" in minutes, "gpu" for one H200."""
+"""What each part runs in each arm: "smoke" for tests, "cpu..." in minutes, "gpu" for one H200."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +35,12 @@ QUALITY = {
               attention_heads=4, first_window=4, length=32, rows=64, value_groups=1, expand=1),
         400, (5e-3,), (0,), 512, (2, 4, 8), "ref",
     ),
+    # Memories of 4 features a head, and one key-value head for the hybrid's attention.
+    ("recall", "cpu_small_state"): Task(
+        Shape(embed_dim=32, num_layers=4, hidden_dim=32, vocabulary_size=64, head_dim=4,
+              attention_heads=4, first_window=2, length=64, rows=64, value_groups=4, expand=1),
+        300, (5e-3,), (0, 1), 512, (2, 4, 8, 16), "ref",
+    ),
     ("recall", "gpu"): Task(
         Shape(embed_dim=64, num_layers=4, hidden_dim=64, vocabulary_size=128, head_dim=8,
               attention_heads=4, first_window=4, length=128, rows=128, value_groups=1, expand=1),
@@ -69,12 +75,14 @@ class Plan:
 def plan(part: str, arm: str, mixers: list[str] | None, lengths: list[int] | None) -> Plan:
     """The plan of a part; mixers, lengths: None for those of the arm."""
     workers = 6 if arm == "gpu" else 1
-    if part in ("language", "recall"):
-        task = QUALITY[part, arm]
-        return Plan(asdict(task), trained(part, task, mixers or MIXERS, workers))
-    table = SPEED if part == "speed" else DECODE
+    table = {"speed": SPEED, "decode": DECODE}.get(part)
+    if table is None:
+        table = {name: task for (of, name), task in QUALITY.items() if of == part}
     if arm not in table:
         raise SystemExit(f"--part={part} has the arms {', '.join(table)}; --arm={arm} is not one")
+    if part in ("language", "recall"):
+        task = table[arm]
+        return Plan(asdict(task), trained(part, task, mixers or MIXERS, workers))
     shape, sizes, names, *rest = table[arm]
     sizes, names = lengths or sizes, mixers or names
     settings = {"shape": asdict(shape), "lengths": sizes, "mixers": names, "rest": rest}

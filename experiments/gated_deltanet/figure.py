@@ -11,9 +11,9 @@ COLORS = {"attention": "#4c72b0", "hybrid": "#8172b3", "gated_deltanet": "#c44e5
 
 
 def rows_of(what: str) -> list[dict]:
-    """The rows of a part, from a GPU where there are any."""
+    """The rows of a part, from the first arm that has any."""
     results = [json.loads(path.read_text()) for path in sorted(HERE.glob("results/*.json"))]
-    for arm in ("gpu", "cpu"):
+    for arm in ("gpu", "cpu_small_state", "cpu"):
         found = [row for result in results if result["arm"] == arm for row in result["rows"]
                  if row["what"] == what and "error" not in row]  # fmt: skip
         if found:

@@ -6,6 +6,7 @@
 import argparse
 from pathlib import Path
 
+ARMS = ("smoke", "cpu", "cpu_small_state", "gpu")
 PARTS = ("language", "recall", "speed", "decode")
 
 
@@ -13,7 +14,7 @@ def main() -> None:
     """Run the parts that are asked for; the JSON is written again after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--arm", choices=("smoke", "cpu", "gpu"), required=True)
+    parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--part", choices=PARTS, nargs="+", required=True)
     parser.add_argument("--mixers", nargs="+", help="default: those of the arm")
     parser.add_argument("--lengths", type=int, nargs="+", help="of the part speed")

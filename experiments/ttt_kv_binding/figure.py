@@ -19,7 +19,7 @@ def main() -> None:
         len(files), 3, figsize=(13, 3.4 * len(files)), layout="constrained", squeeze=False
     )
     for (quality, inner, speed), path in zip(axes, files, strict=True):
-        rows = json.loads(path.read_text())["rows"]
+        rows = [row for row in json.loads(path.read_text())["rows"] if "error" not in row]
         trained = [row for row in rows if row["part"] == "quality"]
         methods = list(dict.fromkeys(row["method"] for row in trained))
         for method in methods:
@@ -47,7 +47,8 @@ def main() -> None:
         speed.set_yticks(range(len(names)), names)
         speed.invert_yaxis()
         speed.set_xlabel("million tokens/s of the fast weights, forward")
-        speed.legend(fontsize="small")
+        if timed:
+            speed.legend(fontsize="small")
     figure.savefig(HERE / "figure.svg", metadata={"Date": None})
 
 

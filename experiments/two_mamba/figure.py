@@ -27,7 +27,7 @@ def main() -> None:
         len(files), 2, figsize=(9, 3 * len(files)), layout="constrained", squeeze=False
     )
     for (text, recall), path in zip(axes, files, strict=True):
-        rows = json.loads(path.read_text())["rows"]
+        rows = [row for row in json.loads(path.read_text())["rows"] if "error" not in row]
         for place, method in enumerate(LABELS):
             mine = [row for row in rows if row["method"] == method]
             bits = [row["bits_per_byte"] for row in mine if row["part"] == "text"]
@@ -48,7 +48,8 @@ def main() -> None:
         recall.set_xlabel("pairs")
         recall.set_ylabel("share of right answers")
         recall.set_ylim(0, 1.02)
-        recall.legend(fontsize="small")
+        if recall.lines:
+            recall.legend(fontsize="small")
     figure.savefig(HERE / "figure.svg", metadata={"Date": None})
 
 

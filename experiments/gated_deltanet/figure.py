@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 HERE = Path(__file__).parent
 COLORS = {"attention": "#4c72b0", "hybrid": "#8172b3", "gated_deltanet": "#c44e52",
@@ -11,9 +12,9 @@ COLORS = {"attention": "#4c72b0", "hybrid": "#8172b3", "gated_deltanet": "#c44e5
 
 
 def rows_of(what: str) -> list[dict]:
-    """The rows of a part, from the first arm that has any."""
+    """The rows of a part, from a GPU where there are any."""
     results = [json.loads(path.read_text()) for path in sorted(HERE.glob("results/*.json"))]
-    for arm in ("gpu", "cpu_small_state", "cpu"):
+    for arm in ("gpu", "cpu"):
         found = [row for result in results if result["arm"] == arm for row in result["rows"]
                  if row["what"] == what and "error" not in row]  # fmt: skip
         if found:
@@ -28,11 +29,19 @@ def main() -> None:
 
     pyplot.rcParams["svg.hashsalt"] = "gated_deltanet"
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    for row in rows_of("recall"):
-        pairs = [int(pairs) for pairs in row["accuracy"]]
-        values = list(row["accuracy"].values())
-        left.plot(pairs, values, "o-", label=row["mixer"], color=COLORS[row["mixer"]])
-    left.set(xlabel="pairs", ylabel="accuracy", title="associative recall", ylim=(0, 1.03))
+    recall = rows_of("recall")
+    for mixer in dict.fromkeys(row["mixer"] for row in recall):
+        seeds = [row["accuracy_by_seed"] for row in recall if row["mixer"] == mixer]
+        pairs = list(map(int, seeds[0]))
+        values = np.concatenate([list(found.values()) for found in seeds], axis=1)  # [pairs, seeds]
+        left.plot(pairs, values.mean(axis=1), label=mixer, color=COLORS[mixer])
+        left.plot(pairs, values, ".", color=COLORS[mixer])
+    left.set(
+        xlabel="pairs",
+        ylabel="accuracy",
+        title="associative recall, a dot for each seed",
+        ylim=(0, 1.03),
+    )
     left.set_xscale("log", base=2)
     left.legend(fontsize=8)
     bars = sorted(rows_of("language"), key=lambda row: list(COLORS).index(row["mixer"]))

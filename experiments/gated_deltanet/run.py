@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, nargs="+", required=True)
     parser.add_argument("--mixers", nargs="+", help="default: those of the arm")
     parser.add_argument("--lengths", type=int, nargs="+", help="of the part speed")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the trainings")
     arguments = parser.parse_args()
     import arms  # after --help, because it imports JAX
 
@@ -27,7 +28,7 @@ def main() -> None:
         arguments.out, "experiments/gated_deltanet/run.py", arm=arguments.arm, settings={}
     )
     for part in arguments.part:
-        plan = arms.plan(part, arguments.arm, arguments.mixers, arguments.lengths)
+        plan = arms.plan(part, arguments.arm, arguments.mixers, arguments.lengths, arguments.seeds)
         results.values["settings"][part] = plan.settings
         for row in plan.rows:
             results.add(row)

@@ -79,7 +79,7 @@ def split(q, k, v, g, beta, documents: Documents | None, chunk_size: int) -> Chu
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rule(chunks: Chunks, state, scale: float):
     """(o [n, B, H, r, C, V], final state) for the state [B, H, r, K, V] of the beginning."""
-    parts = _parts(*chunks[:2], *chunks[3:], scale)
+    parts = _rounded(_parts(*chunks[:2], *chunks[3:], scale), chunks.v.dtype)
 
     def step(state, chunk):
         return _advance(state, *chunk)
@@ -98,13 +98,16 @@ def _rule_backward(scale, residuals, cotangents):
     d_o, d_state = cotangents
     parts, pull = jax.vjp(lambda q, k, G, beta: _parts(q, k, G, beta, documents, scale),
                           q, k, G, beta)  # fmt: skip
+    parts = _rounded(parts, v.dtype)
 
     def step(state, chunk):
         return _advance(state, *chunk)[0], state.astype(v.dtype)
 
     def back(d_state, chunk):
-        d_o, state, *chunk = chunk
-        _, pull = jax.vjp(_advance, state.astype(jnp.float32), *chunk)
+        d_o, state, parts, v = chunk
+        # In fp32, so that their gradients are, which cancel where keys are alike.
+        state, parts = jax.tree.map(lambda x: x.astype(jnp.float32), (state, parts))
+        _, pull = jax.vjp(_advance, state, parts, v)
         d_state, *d_chunk = pull((d_state, d_o.astype(jnp.float32)))
         return d_state, d_chunk
 
@@ -119,7 +122,7 @@ _rule.defvjp(_rule_forward, _rule_backward)
 
 
 def _parts(q, k, G, beta, documents, scale: float) -> chunk.Parts:
-    """`chunk.prepare` for all chunks and heads; operands of products in the dtype of q."""
+    """`chunk.prepare` for all chunks and heads, in fp32."""
 
     def prepare(q, k, G, beta, documents):
         return chunk.prepare(
@@ -129,8 +132,12 @@ def _parts(q, k, G, beta, documents, scale: float) -> chunk.Parts:
 
     for axes in ((None, None, 0, 0, None), (0, 0, 0, 0, None), 0, 0):  # r, H, B, n
         prepare = jax.vmap(prepare, in_axes=axes)
-    parts = prepare(q, k, G, beta, documents)
-    return chunk.Parts(*(x.astype(q.dtype) for x in parts[:-1]), parts.keep)
+    return prepare(q, k, G, beta, documents)
+
+
+def _rounded(parts: chunk.Parts, dtype) -> chunk.Parts:
+    """As operands of products, which is all but `keep`."""
+    return chunk.Parts(*(x.astype(dtype) for x in parts[:-1]), parts.keep)
 
 
 def _advance(state, parts: chunk.Parts, v):

@@ -1,5 +1,6 @@
 """The layers: a scan over the repeating period, so that compile time is flat in depth."""
 
+import math
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ def products(primitive, *arguments, **parameters) -> bool:
         )
     )
 
+
+COPIED_AT_ONCE = 2**31  # bytes of a row on a device
 
 # What the backward pass may keep of a layer instead of computing it again.
 REMAT_POLICIES = {
@@ -111,7 +114,7 @@ class Stack(nnx.Module):
             graph, parameters = nnx.split(block)
 
             def run(parameters, x, context, state, key, graph=graph):
-                x = checkpoint_name(x, "layer_input")
+                x = _named_input(x, context.split.tokens)
                 return nnx.merge(graph, parameters)(x, context, state, key)
 
             if self.remat != "none":
@@ -137,6 +140,18 @@ class Stack(nnx.Module):
         )
         rest = tuple(block.mixer.init_state(batch, max_length, dtype) for block in self.rest)
         return period if self.repeats else None, rest if rest else None
+
+
+def _named_input(x: Float[Array, "B T D"], devices: int) -> Float[Array, "B T D"]:
+    """`x`, which remat may keep by the name "layer_input"; `devices` share the tokens of a row.
+
+    In pieces of features beyond 2 GiB a device: libtpu cannot copy 4 GiB to the host at once.
+    """
+    bytes_a_row = x.shape[1] * x.shape[2] * x.dtype.itemsize // devices
+    if bytes_a_row <= COPIED_AT_ONCE:
+        return checkpoint_name(x, "layer_input")
+    pieces = jnp.array_split(x, 2 ** math.ceil(math.log2(bytes_a_row / COPIED_AT_ONCE)), axis=2)
+    return jnp.concatenate([checkpoint_name(piece, "layer_input") for piece in pieces], axis=2)
 
 
 def _stacked(make, repeats: int, rngs: nnx.Rngs):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_lm.config import ModelConfig, layer
+from efficient_lm.model import stack
 from efficient_lm.model.definition import define, initialize, unstack
 from efficient_lm.model.stack import REMAT_POLICIES
 from tests.model.tiny import loss_and_gradient, run, tiny
@@ -93,6 +94,20 @@ def traced_gradient(**overrides):
         return jnp.sum(jnp.square(hidden))
 
     return jax.jit(jax.grad(loss)).trace(arrays, jax.ShapeDtypeStruct((4, 64), jnp.int32))
+
+
+def test_long_inputs_of_layers_go_to_the_host_in_pieces(monkeypatch):
+    plain, arrays = tiny(num_layers=3)
+    loss, gradient = loss_and_gradient(plain, arrays, TOKENS)
+    offloaded, _ = tiny(num_layers=3, remat="offload")
+    bytes_a_row = TOKENS.shape[1] * plain.config.embed_dim * 4
+    monkeypatch.setattr(stack, "COPIED_AT_ONCE", bytes_a_row // 4)
+    found, found_gradient = loss_and_gradient(offloaded, arrays, TOKENS)
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    assert_trees_close(found_gradient, gradient, rtol=1e-4, atol=1e-6)
+    shape = jax.ShapeDtypeStruct((2, 9, plain.config.embed_dim), jnp.float32)
+    jaxpr = str(jax.make_jaxpr(lambda x: stack._named_input(x, 1))(shape))
+    assert jaxpr.count("name=layer_input") == 4
 
 
 def test_remat_saves_memory():

@@ -1,6 +1,6 @@
-"""Plans of Llama-3 steps on TPU slices, and the table of the README: `run.py [NAME ...]`.
+"""Plans of steps on TPU slices, and the table of the README: `run.py [NAME ...]`.
 
-Without names only the table is written anew. A plan takes one to three minutes on two cores.
+Without names only the table is written anew. A plan takes one to four minutes on two cores.
 """
 
 import json
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 START, END = "<!-- plans -->", "<!-- end of plans -->"
 
-LLAMA = "--config=configs/llama3.py:8b"
+LLAMA, QWEN = "--config=configs/llama3.py:8b", "--config=configs/qwen3_5.py:9b"
 
 
 def split(data: int, fsdp: int, sequence: int = 1, tensor: int = 1) -> list[str]:
@@ -33,6 +33,7 @@ PLANS = {
     "v5p_8x8x8": [LLAMA, "--topology=v5p:8x8x8", *batch(512), *split(8, 64)],
     "v5p_8x8x8_fsdp_512": [LLAMA, "--topology=v5p:8x8x8", *batch(512), *split(1, 512)],
     "tpu7x_4x4x4": [LLAMA, "--topology=tpu7x:4x4x4", *batch(512), *split(2, 64)],
+    "v5p_4x4x4_qwen3_5": [QWEN, "--topology=v5p:4x4x4", *batch(256), *split(1, 64)],
     "v5e_8x8_too_large": [LLAMA, "--topology=v5e:8x8", *batch(512), *split(1, 64)],
     "v5e_2x4_decode": [LLAMA, "--topology=v5e:2x4", "--decode", "--batch=16", "--context=8192",
                        *split(1, 1, tensor=8)],
@@ -52,8 +53,8 @@ def run(name: str) -> None:
 def table() -> str:
     """Rows of the kept plans."""
     lines = [
-        "| plan | mesh | compiled in | a device | step at least | MFU at most | most bytes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| plan | of | mesh | compiled in | a device | step at least | MFU at most | most bytes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in PLANS:
         path = RESULTS / f"{name}.json"
@@ -61,14 +62,15 @@ def table() -> str:
             continue
         plan = json.loads(path.read_text())
         memory, roofline = plan["memory"], plan["roofline"]
+        model = PLANS[name][0].removeprefix("--config=configs/").replace(".py:", " ")
         mesh = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
         size = f"{memory['total'] / 2**30:.2f} of {memory['available'] / 2**30:.2f} GiB"
         if not memory["fits"]:
             size += f", does not fit: `{plan['advice']}`"
         moved = max(plan["collectives"]["rows"], key=lambda row: row["bytes"])
         lines.append(
-            f"| [{plan['step']['kind']}, {plan['topology']['name']}](results/{name}.json) | {mesh} "
-            f"| {plan['seconds']['compile']:.0f} s | {size} "
+            f"| [{plan['step']['kind']}, {plan['topology']['name']}](results/{name}.json) "
+            f"| {model} | {mesh} | {plan['seconds']['compile']:.0f} s | {size} "
             f"| {1e3 * roofline['seconds']['overlapped']:.1f} ms "
             f"| {100 * roofline['mfu_bound']:.1f}% "
             f"| {moved['kind']} over {moved['axes']}, {moved['bytes'] / 2**30:.1f} GiB |"

@@ -149,23 +149,25 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
             def rows(source):
                 return plgpu.load(source, layout=MATRIX).astype(jnp.float32)
 
-            def over_parts(products, between=None):
-                """products(part) for each, and its tiles freed once those are done."""
+            def over_parts(products, between=None, first=True, last=True):
+                """products(part) for each; its tiles are waited for first, and freed at last."""
                 for part in range(parts):
-                    plgpu.barrier_wait(part_ready.at[part])
+                    if first:
+                        plgpu.barrier_wait(part_ready.at[part])
                     issued = products(part)
                     if between is not None:
                         between(part)
-                    if part:
+                    if part and last:
                         plgpu.wgmma_wait(issued)
                         plgpu.barrier_arrive(part_free.at[part - 1])
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(part_free.at[parts - 1])
+                if last:
+                    plgpu.barrier_arrive(part_free.at[parts - 1])
 
             @pl.when(me == 0)
             def queries():
                 if delta:
-                    plgpu.set_max_registers(152, action="decrease")
+                    plgpu.set_max_registers(160, action="decrease")
 
                 @pl.loop(0, count)
                 def _(step):
@@ -209,34 +211,44 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
             @pl.when(me == 1)
             def keys():
                 if delta:
-                    plgpu.set_max_registers(232, action="increase")
+                    plgpu.set_max_registers(192, action="increase")
 
                 @pl.loop(0, count)
                 def _(step):
                     item = Item(step)
 
-                    def products(written, shown, *replaced):
+                    # In two turns: with all three at once registers do not suffice, and the
+                    # compiler would wait for each matrix product before it issues the next.
+                    def earlier(shown, *replaced):
                         def issue(part):
-                            plgpu.wgmma(written, values_s.at[part], d_states_s.at[part])
                             plgpu.wgmma(shown, values_s.at[part], d_out_s.at[part].T)
                             if delta:
                                 plgpu.wgmma(replaced[0], d_v_s.at[part], states_s.at[part])
-                            return 2 + delta
+                            return 1 + delta
 
-                        over_parts(issue)
-                        return [x[...] for x in (written, shown, *replaced)]
+                        over_parts(issue, last=False)
+                        return [x[...] for x in (shown, *replaced)]
+
+                    def later(written):
+                        def issue(part):
+                            plgpu.wgmma(written, values_s.at[part], d_states_s.at[part])
+                            return 1
+
+                        over_parts(issue, first=False)
+                        return written[...]
 
                     wide = plgpu.ACC((CHUNK, K), jnp.float32)
-                    written, shown, *replaced = pl.run_scoped(
-                        products, wide, plgpu.ACC(SQUARE, jnp.float32), *[wide] * delta
+                    shown, *replaced = pl.run_scoped(
+                        earlier, plgpu.ACC(SQUARE, jnp.float32), *[wide] * delta
                     )
                     plgpu.barrier_wait(tokens_ready)
                     d_scores = (shown * item.decay(transposed=True) * scale).astype(dtype)
-                    d_k = written * item.gate(1, K)
-                    item.put_dot(AFTER, jnp.sum(d_k * rows(k_s), axis=1))
                     if delta:
                         taken = replaced[0] * item.gate(0, K)
                         item.put_dot(FROM_STATE, -jnp.sum(taken * rows(k_s), axis=1))
+                    d_k = pl.run_scoped(later, wide) * item.gate(1, K)
+                    item.put_dot(AFTER, jnp.sum(d_k * rows(k_s), axis=1))
+                    if delta:
                         d_k = d_k - taken
                         plgpu.barrier_wait(third_ready)
 
@@ -254,7 +266,7 @@ def gradients(q, k, values, d_out, d_v, states, d_states, summed, gates, beta, d
 
             def third():
                 if delta:
-                    plgpu.set_max_registers(120, action="decrease")
+                    plgpu.set_max_registers(152, action="decrease")
                 first = Item(0)
                 fetch_tokens(first)
                 for part in range(parts):

@@ -31,17 +31,19 @@ def chunked(
     """(o, final state); without beta linear attention, with it the delta rule.
 
     bfloat16 or float16 q, k and v, fp32 g, beta and states. K is 64 or 128, V a multiple of 64.
-    documents: number of each token's document, never falling.
+    documents: number of each token's document, never falling. The backward pass gets what `prepare`
+    gave the forward pass, and computes the states of the chunks again.
     """
     return forward(q, k, v, g, beta, initial_state, documents, scale)[0]
 
 
 def forward(q, k, v, g, beta, initial_state, documents, scale):
     tokens = q.shape[1]
-    residuals = q, k, v, g, beta, initial_state, documents
-    q, k, v, g, beta, state, documents = arranged(*residuals)
+    arguments = q, k, v, g, beta, initial_state, documents
+    q, k, v, g, beta, state, documents = arranged(*arguments)
     pieces = 1 if beta is not None else pieces_of(v)
-    _, gates, scores, inverse = prepare(q, k, g, beta, documents, scale=scale, pieces=pieces)
+    prepared = prepare(q, k, g, beta, documents, scale=scale, pieces=pieces)
+    _, gates, scores, inverse = prepared
     if pieces > 1:
         q, k, v = (x.reshape(-1, x.shape[1] // pieces, *x.shape[2:]) for x in (q, k, v))
         state = starts(k, v, gates, state, scale)
@@ -50,17 +52,20 @@ def forward(q, k, v, g, beta, initial_state, documents, scale):
     if pieces > 1:
         o = o.reshape(-1, pieces * o.shape[1], *o.shape[2:])
         state = state[pieces - 1 :: pieces]
+    residuals = arguments, prepared if pieces == 1 else None
     return (o[:, :tokens], jnp.swapaxes(state, 2, 3)), residuals
 
 
 def backward(scale, residuals, cotangents):
-    d_out, d_final = cotangents
-    tokens, heads = residuals[0].shape[1:3]
-    q, k, v, g, beta, state, documents = arranged(*residuals)
+    (arguments, prepared), (d_out, d_final) = residuals, cotangents
+    tokens, heads = arguments[0].shape[1:3]
+    q, k, v, g, beta, state, documents = arranged(*arguments)
     d_out = padded(d_out.astype(q.dtype), q.shape[1])
     d_final = jnp.swapaxes(d_final, 2, 3)
     many = {"scale": scale, "warpgroups": warpgroups(v)}
-    summed, gates, scores, inverse = prepare(q, k, g, beta, documents, scale=scale)
+    # Of rows in pieces the forward pass has them in another order.
+    prepared = prepared or prepare(q, k, g, beta, documents, scale=scale)
+    summed, gates, scores, inverse = prepared
     _, states, values, _ = scan(q, k, v, gates, scores, inverse, state, gives="states", **many)
     d_states, d_v, d_state = reverse(q, k, d_out, gates, scores, inverse, d_final, **many)
     values = v if values is None else values

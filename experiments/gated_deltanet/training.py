@@ -33,7 +33,10 @@ class Programs(NamedTuple):
         seed, advance, evaluate = np.int32(0), self.advance, self.evaluate
         state = jax.eval_shape(self.begin, seed)
         begin = start = jax.jit(self.begin).lower(seed).compile()
+        options = {}
         if members is not None:
+            # XLA would try out fusions of these small arrays for minutes, to save seconds.
+            options = {"xla_gpu_autotune_level": 0}
             advance, evaluate = jax.vmap(advance, (0, 0, None)), jax.vmap(evaluate, (0, None))
             state = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), state
@@ -43,8 +46,8 @@ class Programs(NamedTuple):
                 # Not by vmap: XLA takes long to compile draws for several seeds at once.
                 return jax.tree.map(lambda *leaves: np.stack(leaves), *map(start, seeds))
 
-        advance = jax.jit(advance, donate_argnums=0).lower(state, rate, stack).compile()
-        evaluate = jax.jit(evaluate).lower(state, batch).compile()
+        advance = jax.jit(advance, donate_argnums=0).lower(state, rate, stack).compile(options)
+        evaluate = jax.jit(evaluate).lower(state, batch).compile(options)
         return Programs(begin, advance, evaluate, self.parameters)
 
 

@@ -96,7 +96,7 @@ class Frame(NamedTuple):
             last[batch, n, features] = state
             plgpu.wait_smem_to_gmem(0)
 
-    def launch(self, kernel: Callable, out: list):
+    def launch(self, kernel: Callable, out: list, **options):
         """`kernel` as a function of arrays, for all rows, heads and value features."""
         return plgpu.kernel(
             kernel,
@@ -105,5 +105,5 @@ class Frame(NamedTuple):
             grid_names=("row", "v"),
             num_threads=self.warpgroups + 1,
             thread_name="wg",
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(approx_math=True, **options),
         )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._hopper import linear
 from pallas_kernels._hopper.gradients import PROGRAMS, combine, gradients
 from pallas_kernels._hopper.prepare import PAIR, prepare
 from pallas_kernels._hopper.reverse import reverse
@@ -22,7 +23,7 @@ def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T N V"],
-    g: Float[Array, "B T N"],
+    g: Float[Array, "B T N"] | None,
     beta: Float[Array, "B T N"] | None,
     initial_state: Float[Array, "B N K V"],
     documents: Int[Array, "B T"] | None,
@@ -32,7 +33,8 @@ def chunked(
 
     bfloat16 or float16 q, k and v, fp32 g, beta and states. K is 64 or 128, V a multiple of 64.
     documents: number of each token's document, never falling. The backward pass gets what `prepare`
-    gave the forward pass, and computes the states of the chunks again.
+    gave the forward pass; of linear attention it keeps no states, of the delta rule it computes
+    those of the chunks again. Linear attention without g has no decay.
     """
     return forward(q, k, v, g, beta, initial_state, documents, scale)[0]
 
@@ -44,36 +46,38 @@ def forward(q, k, v, g, beta, initial_state, documents, scale):
     pieces = 1 if beta is not None else pieces_of(v)
     prepared = prepare(q, k, g, beta, documents, scale=scale, pieces=pieces)
     _, gates, scores, inverse = prepared
+    many = {"scale": scale, "warpgroups": warpgroups(v.shape[3], v.shape[0] * v.shape[2] * pieces)}
     if pieces > 1:
-        q, k, v = (x.reshape(-1, x.shape[1] // pieces, *x.shape[2:]) for x in (q, k, v))
-        state = starts(k, v, gates, state, scale)
-    many = {"scale": scale, "warpgroups": warpgroups(v)}
+        q, k, v = (in_pieces(x, pieces) for x in (q, k, v))
+        zeros = jnp.zeros((v.shape[0], *state.shape[1:]), jnp.float32)
+        added = scan(None, k, v, gates, None, None, zeros, gives="final", **many)[-1]
+        state = starts(added, gates, state)
+    kept = (arguments, prepared[: 2 if beta is None else 4], state)
     o, _, _, state = scan(q, k, v, gates, scores, inverse, state, gives="out", **many)
-    if pieces > 1:
-        o = o.reshape(-1, pieces * o.shape[1], *o.shape[2:])
-        state = state[pieces - 1 :: pieces]
-    residuals = arguments, prepared if pieces == 1 else None
-    return (o[:, :tokens], jnp.swapaxes(state, 2, 3)), residuals
+    o, state = o.reshape(-1, pieces * o.shape[1], *o.shape[2:]), state[pieces - 1 :: pieces]
+    return (o[:, :tokens], jnp.swapaxes(state, 2, 3)), kept
 
 
-def backward(scale, residuals, cotangents):
-    (arguments, prepared), (d_out, d_final) = residuals, cotangents
+def backward(scale, kept, cotangents):
+    (arguments, prepared, state), (d_out, d_final) = kept, cotangents
     tokens, heads = arguments[0].shape[1:3]
-    q, k, v, g, beta, state, documents = arranged(*arguments)
+    decays, final = arguments[3] is not None, jnp.swapaxes(d_final, 2, 3)
+    q, k, v, _, beta, _, documents = arranged(*arguments)
     d_out = padded(d_out.astype(q.dtype), q.shape[1])
-    d_final = jnp.swapaxes(d_final, 2, 3)
-    many = {"scale": scale, "warpgroups": warpgroups(v)}
-    # Of rows in pieces the forward pass has them in another order.
-    prepared = prepared or prepare(q, k, g, beta, documents, scale=scale)
-    summed, gates, scores, inverse = prepared
-    _, states, values, _ = scan(q, k, v, gates, scores, inverse, state, gives="states", **many)
-    d_states, d_v, d_state = reverse(q, k, d_out, gates, scores, inverse, d_final, **many)
-    values = v if values is None else values
-    d_q, d_k, last, dots = gradients(
-        q, k, values, d_out, d_v, states, d_states, summed, gates, beta, documents, scale=scale
-    )
-    d_g = jnp.swapaxes(combine(dots, q.shape[1] // CHUNK), 1, 2)[:, :tokens]
-    d_v, d_beta = (last, None) if d_v is None else (d_v, jnp.swapaxes(last, 1, 2)[:, :tokens])
+    if beta is None:
+        state = jnp.swapaxes(state, 2, 3)
+        row = q, k, v, d_out, documents
+        d_q, d_k, d_v, d_g, d_state = of_linear(*row, prepared, state, d_final, scale, decays)
+        d_beta = None
+    else:
+        many = {"scale": scale, "warpgroups": warpgroups(v.shape[3], v.shape[0] * v.shape[2])}
+        summed, gates, scores, inverse = prepared
+        _, states, values, _ = scan(q, k, v, gates, scores, inverse, state, gives="states", **many)
+        d_states, d_v, d_state = reverse(q, k, d_out, gates, scores, inverse, final, **many)
+        d_q, d_k, d_beta, dots = gradients(
+            q, k, values, d_out, d_v, states, d_states, summed, gates, beta, documents, scale=scale
+        )
+        d_g, d_state = combine(dots, q.shape[1] // CHUNK), jnp.swapaxes(d_state, 2, 3)
 
     def over_shared(x):
         """The sum over the value heads that share a query and key head."""
@@ -83,10 +87,30 @@ def backward(scale, residuals, cotangents):
         x = x.reshape(*x.shape[:2], heads, -1, x.shape[3])
         return jnp.sum(x, axis=3, dtype=jnp.float32).astype(x.dtype)
 
-    return (
-        over_shared(d_q), over_shared(d_k), d_v[:, :tokens], d_g, d_beta,
-        jnp.swapaxes(d_state, 2, 3), None,
-    )  # fmt: skip
+    d_g, d_beta = (None if x is None else jnp.swapaxes(x, 1, 2)[:, :tokens] for x in (d_g, d_beta))
+    return over_shared(d_q), over_shared(d_k), d_v[:, :tokens], d_g, d_beta, d_state, None
+
+
+def of_linear(q, k, v, d_out, documents, prepared, state, d_final, scale, decays):
+    """(d_q, d_k, d_v, d_g, d_state) of linear attention, whose rows run in pieces as forwards.
+
+    state: before each piece; prepared: summed and gates. d_g is None without decays.
+    """
+    B, pieces = v.shape[0], state.shape[0] // v.shape[0]
+    summed, gates = prepared
+    if pieces > 1:
+        q, k, v, d_out = (in_pieces(x, pieces) for x in (q, k, v, d_out))
+        documents = None if documents is None else in_pieces(documents, pieces)
+        summed = in_pieces(jnp.swapaxes(summed, 1, 2), pieces).swapaxes(1, 2)
+        added = linear.added(gates, d_out, q, scale=scale)
+        d_final = starts(added, gates, d_final, backwards=True)
+    d_q, d_k, d_v, d_g, d_state = linear.gradients(
+        q, k, v, d_out, summed, gates, documents, state, d_final, scale=scale, decays=decays
+    )
+    d_q, d_k, d_v = (x.reshape(B, -1, *x.shape[2:]) for x in (d_q, d_k, d_v))
+    if decays:
+        d_g = jnp.swapaxes(d_g, 1, 2).reshape(B, -1, d_g.shape[1]).swapaxes(1, 2)
+    return d_q, d_k, d_v, d_g, d_state[::pieces]
 
 
 chunked.defvjp(forward, backward)
@@ -107,25 +131,34 @@ def pieces_of(v) -> int:
     return pieces
 
 
-def starts(k, v, gates, state, scale):
-    """The state before each piece [B pieces, N, V, K], from what the pieces by themselves add."""
+def in_pieces(x, pieces: int):
+    """`x` [B, T, ...] as [B pieces, T / pieces, ...]."""
+    return x.reshape(-1, x.shape[1] // pieces, *x.shape[2:])
+
+
+def starts(added, gates, state, backwards=False):
+    """The state before each piece [B pieces, ...], from what the pieces by themselves add.
+
+    backwards: the gradient of the state after each piece.
+    """
     B = state.shape[0]
-    many = {"scale": scale, "warpgroups": warpgroups(v)}
-    zeros = jnp.zeros((k.shape[0], *state.shape[1:]), jnp.float32)
-    added = scan(None, k, v, gates, None, None, zeros, gives="final", **many)[-1]
     kept = jnp.prod(gates[:, :, :, 0, -1], axis=2)[:, :, None, None]
-    before = []
-    for piece in range(k.shape[0] // B):
+    kept, added = (x.reshape(B, -1, *x.shape[1:]) for x in (kept, added))
+    before, order = [], range(added.shape[1])
+    for piece in reversed(order) if backwards else order:
         before.append(state)
-        state = state * kept.reshape(B, -1, *kept.shape[1:])[:, piece]
-        state = state + added.reshape(B, -1, *added.shape[1:])[:, piece]
-    return jnp.stack(before, axis=1).reshape(zeros.shape)
+        state = state * kept[:, piece] + added[:, piece]
+    if backwards:
+        before.reverse()
+    return jnp.stack(before, axis=1).reshape(-1, *state.shape[1:])
 
 
-def warpgroups(v) -> int:
-    """Tiles of value features a processor takes: two where that leaves none without work."""
-    B, _, N, V = v.shape
-    return 2 if V % (2 * TILE) == 0 and B * N >= 64 else 1
+def warpgroups(features: int, heads: int) -> int:
+    """Tiles of value features a processor takes: two where that leaves none without work.
+
+    heads: of all rows together.
+    """
+    return 2 if features % (2 * TILE) == 0 and heads >= 64 else 1
 
 
 def padded(x, length: int):
@@ -140,7 +173,10 @@ def arranged(q, k, v, g, beta, initial_state, documents):
     if documents is not None:
         documents = jnp.pad(documents, ((0, 0), (0, length - documents.shape[1])), mode="edge")
     q, k, v = (padded(x, length) for x in (q, k, v))
-    g = jnp.swapaxes(padded(jnp.maximum(g, LEAST), length), 1, 2)
+    if g is None:
+        g = jnp.zeros((v.shape[0], v.shape[2], length), jnp.float32)
+    else:
+        g = jnp.swapaxes(padded(jnp.maximum(g, LEAST), length), 1, 2)
     if beta is not None:
         beta = jnp.swapaxes(padded(beta, length), 1, 2)
         beta = jnp.where(jnp.abs(beta) < SMALLEST, SMALLEST, beta)

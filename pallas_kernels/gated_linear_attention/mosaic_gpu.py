@@ -19,11 +19,9 @@ def gated_linear_attention(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
     """As `ref.gated_linear_attention`; the chunk form of Mamba-2 (arXiv 2405.21060, section 6)."""
     index = None
-    if g is None:
-        g = jnp.zeros(v.shape[:3], jnp.float32)
     if documents is not None:
         index, real = documents
-        g = jnp.where(real[:, :, None], g, 0.0)
+        g = g if g is None else jnp.where(real[:, :, None], g, 0.0)
         k = jnp.where(real[:, :, None, None], k, 0)
     if initial_state is None:
         initial_state = jnp.zeros((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), jnp.float32)

@@ -158,4 +158,4 @@ def test_passes_give_the_gradients(written_down, name, decays):
         pytest.skip("no decay to change")
     found = worst_errors(name, decays)
     print(name, decays, {key: f"{value:.1e}" for key, value in found.items()})
-    assert max(found.values()) < 4e-3
+    assert max(found.values()) < 5e-3

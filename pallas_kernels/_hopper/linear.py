@@ -204,15 +204,16 @@ def attend(
                     i_s, j_s = (keys_s, queries_s) if backwards else (queries_s, keys_s)
                     plgpu.wgmma(shown, i_s.at[slot], j_s.at[slot].T)
                     plgpu.wgmma(old, low, queries_s.at[slot].T)
+                    scores = plgpu.wgmma_accumulator_load(shown, wait_n=1) * decay() * scale
+                    # Also orders what follows after all reads of the chunk before.
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    scores_s[me] = scores.astype(dtype)
                     if keeps:
 
                         @pl.when(lax.rem(chunk, EVERY) == 0)
                         def _():
                             states_s[me] = low
 
-                    scores = plgpu.wgmma_accumulator_load(shown, wait_n=1) * decay() * scale
-                    scores_s[me] = scores.astype(dtype)
                     plgpu.commit_smem()
                     if keeps:
 
@@ -237,13 +238,13 @@ def attend(
                 def finish(out, inter):
                     low = out.astype(dtype)
                     out_s.at[me].T[...] = low
-                    if dots:  # what rounding took from out, where the scores were
-                        rest_s = scores_s.at[me]
-                        rest_s.T[...] = (out - low.astype(jnp.float32)).astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(out_s.at[me], out_ref.at[batch, tokens, n, features])
                     if not dots:
                         return
+                    rest_s = scores_s.at[me]  # where the scores were: what rounding took from out
+                    rest_s.T[...] = (out - low.astype(jnp.float32)).astype(dtype)
+                    plgpu.commit_smem()
                     if backwards:
                         right = plgpu.load(dotted_s.at[slot, me].T, layout=MATRIX)
                         sums = jnp.sum(inter * right.astype(jnp.float32), axis=1)

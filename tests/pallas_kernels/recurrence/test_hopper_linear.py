@@ -112,9 +112,11 @@ def attend(
     if dotted is None:
         return by_token(out).astype(dtype), state
     dots = jnp.moveaxis(by_token((out * dotted).sum(-1, keepdims=True)), 1, 3)
-    more = [jnp.stack(written, axis=2), jnp.stack(overlaps, axis=2)] if backwards else [
-        jnp.stack(kept, axis=2)
-    ]
+    more = (
+        [jnp.stack(written, axis=2), jnp.stack(overlaps, axis=2)]
+        if backwards
+        else [jnp.stack(kept, axis=2)]
+    )
     return by_token(out).astype(dtype), state, dots, *more
 
 
@@ -140,9 +142,7 @@ def worst_errors(name: str, decays: str) -> dict:
 
     def run(function):
         def op(initial_state=None, **arguments):
-            return function(
-                **arguments, initial_state=initial_state, scale=scale, documents=index
-            )
+            return function(**arguments, initial_state=initial_state, scale=scale, documents=index)
 
         return op
 

@@ -244,14 +244,15 @@ def attend(
                         return
                     rest_s = scores_s.at[me]  # where the scores were: what rounding took from out
                     rest_s.T[...] = (out - low.astype(jnp.float32)).astype(dtype)
-                    plgpu.commit_smem()
                     if backwards:
                         right = plgpu.load(dotted_s.at[slot, me].T, layout=MATRIX)
                         sums = jnp.sum(inter * right.astype(jnp.float32), axis=1)
                         written_ref[batch, n, chunk, features] = sums
-                    high, rest, right = (
+                    right = plgpu.load(dotted_s.at[slot, me], layout=MATRIX).astype(jnp.float32)
+                    plgpu.commit_smem()
+                    high, rest = (
                         plgpu.load(x, layout=MATRIX).astype(jnp.float32)
-                        for x in (out_s.at[me], rest_s, dotted_s.at[slot, me])
+                        for x in (out_s.at[me], rest_s)
                     )
                     tile = lax.axis_index("v") * warpgroups + me
                     dots_ref[batch, n, tile, tokens] = jnp.sum((high + rest) * right, axis=1)

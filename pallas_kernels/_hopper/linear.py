@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._hopper.frame import STAGES, Frame
+from pallas_kernels._hopper.gradients import PROGRAMS
 from pallas_kernels._hopper.tiles import (
     CHUNK,
     MATRIX,
@@ -29,7 +30,6 @@ from pallas_kernels._hopper.tiles import (
     tiles,
 )
 
-PROGRAMS = 132  # multiprocessors of an H100 or H200
 EVERY = 4  # chunks: before each fourth the pass of d_q keeps the state, for the gradient of g
 FORGOTTEN = 2.0**-8  # decay over a chunk, below which nothing of an earlier state is counted
 

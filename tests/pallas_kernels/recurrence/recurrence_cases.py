@@ -116,6 +116,7 @@ HOPPER_CASES = {
     "two_tiles_a_processor": Case(
         B=4, T=150, H=4, N=16, K=128, V=128, initial_state=True, dtype="bfloat16"
     ),
+    "ten_chunks": Case(B=8, T=630, H=3, N=9, K=128, V=128, initial_state=True, dtype="bfloat16"),
 }  # fmt: skip
 HOPPER_OPS = ("gated_delta_rule", "gated_linear_attention")
 

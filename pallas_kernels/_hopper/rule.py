@@ -52,7 +52,7 @@ def forward(q, k, v, g, beta, initial_state, documents, scale):
         zeros = jnp.zeros((v.shape[0], *state.shape[1:]), jnp.float32)
         added = scan(None, k, v, gates, None, None, zeros, gives="final", **many)[-1]
         state = starts(added, gates, state)
-    kept = (arguments, prepared[: 2 if beta is None else 4], state)
+    kept = arguments, prepared[:2] if beta is None else prepared, state
     o, _, _, state = scan(q, k, v, gates, scores, inverse, state, gives="out", **many)
     o, state = o.reshape(-1, pieces * o.shape[1], *o.shape[2:]), state[pieces - 1 :: pieces]
     return (o[:, :tokens], jnp.swapaxes(state, 2, 3)), kept

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 from recurrence_cases import HOPPER_CASES, Case, errors, hopper_arguments
@@ -70,12 +71,14 @@ def attend(
 ):  # fmt: skip
     """As `linear.attend`, with the roundings of the kernel."""
     dtype, N = keys.dtype, first.shape[1]
-    chunks = keys.shape[1] // CHUNK
-    out, kept, written, overlaps = [None] * chunks, [], [None] * chunks, []
-    queries, keys, values, dotted = (
-        None if x is None else in_chunks(x, N) for x in (queries, keys, values, dotted)
-    )
-    state = first
+    tokens = [None if x is None else in_chunks(x, N) for x in (queries, keys, values, dotted)]
+    chunks = tokens[1].shape[0]
+    if summed is not None:
+        summed = jnp.moveaxis(summed.reshape(*summed.shape[:2], chunks, CHUNK), 2, 0)
+    if documents is not None:
+        documents = jnp.moveaxis(documents.reshape(-1, 1, chunks, CHUNK), 2, 0)
+    if states is not None:
+        states = jnp.moveaxis(jnp.repeat(states, linear.EVERY, axis=2), 2, 0)[:chunks]
 
     def rounded(x):
         return x.astype(dtype).astype(jnp.float32)
@@ -83,43 +86,42 @@ def attend(
     def product(text, *arrays):
         return jnp.einsum(text, *arrays, precision="highest")
 
-    for c in reversed(range(chunks)) if backwards else range(chunks):
-        before, after = gates[:, :, c, 0, :, None], gates[:, :, c, 1, :, None]
+    def step(state, chunk):
+        (queries, keys, values, dotted), gates, summed, documents, before_state = chunk
+        before, after = gates[:, :, 0, :, None], gates[:, :, 1, :, None]
         read, write = (after, before * scale) if backwards else (before * scale, after)
-        if queries is not None:
-            if dotted is not None and not backwards and c % linear.EVERY == 0:
-                kept.append(state.astype(dtype))
-            i, j = (keys[c], queries[c]) if backwards else (queries[c], keys[c])
-            total = summed[:, :, c * CHUNK : (c + 1) * CHUNK]
-            keep = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))[None, None]
-            if documents is not None:
-                own = documents[:, None, c * CHUNK : (c + 1) * CHUNK]
-                keep = keep & (own[..., :, None] == own[..., None, :])
-            decay = jnp.exp(jnp.where(keep, total[..., :, None] - total[..., None, :], -jnp.inf))
-            scores = rounded(product("bnik,bnjk->bnij", i, j) * decay * scale)
-            inter = product("bnvk,bnik->bniv", rounded(state), queries[c]) * read
-            within = "bnij,bniv->bnjv" if backwards else "bnij,bnjv->bniv"
-            out[c] = inter + product(within, scores, values[c])
-            if dotted is not None:
-                written[c] = jnp.sum(inter * dotted[c], axis=2)
-        stored = rounded(values[c] * write)
-        state = gates[:, :, c, 0, -1, None, None] * state
-        state = state + product("bnjv,bnjk->bnvk", stored, keys[c])
-        if dotted is not None and backwards and c % linear.EVERY == 0:
-            before = states[:, :, c // linear.EVERY].astype(jnp.float32)
-            overlaps.insert(0, jnp.sum(state * before, axis=3))
+        stored = product("bnjv,bnjk->bnvk", rounded(values * write), keys)
+        new = gates[:, :, 0, -1, None, None] * state + stored
+        if queries is None:
+            return new, None
+        keep = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))[None, None]
+        if documents is not None:
+            keep = keep & (documents[..., :, None] == documents[..., None, :])
+        decay = jnp.exp(jnp.where(keep, summed[..., :, None] - summed[..., None, :], -jnp.inf))
+        i, j = (keys, queries) if backwards else (queries, keys)
+        scores = rounded(product("bnik,bnjk->bnij", i, j) * decay * scale)
+        inter = product("bnvk,bnik->bniv", rounded(state), queries) * read
+        within = "bnij,bniv->bnjv" if backwards else "bnij,bnjv->bniv"
+        out = inter + product(within, scores, values)
+        if dotted is None:
+            return new, (out,)
+        dots = jnp.sum(out * dotted, axis=3)[:, :, None]
+        if not backwards:
+            return new, (out, dots, state.astype(dtype))
+        overlap = jnp.sum(new * before_state.astype(jnp.float32), axis=3)
+        return new, (out, dots, jnp.sum(inter * dotted, axis=2), overlap)
+
+    given = tokens, jnp.moveaxis(gates, 2, 0), summed, documents, states
+    last, results = jax.lax.scan(step, first, given, reverse=backwards)
     if queries is None:
-        return None, state
-    out = jnp.stack(out)
+        return None, last
+    out, *more = results
+    out = by_token(out).astype(dtype)
     if dotted is None:
-        return by_token(out).astype(dtype), state
-    dots = jnp.moveaxis(by_token((out * dotted).sum(-1, keepdims=True)), 1, 3)
-    more = (
-        [jnp.stack(written, axis=2), jnp.stack(overlaps, axis=2)]
-        if backwards
-        else [jnp.stack(kept, axis=2)]
-    )
-    return by_token(out).astype(dtype), state, dots, *more
+        return out, last
+    dots, *more = (jnp.moveaxis(x, 0, 2) for x in more)
+    more[-1] = more[-1][:, :, :: linear.EVERY]
+    return out, last, jnp.moveaxis(dots, 2, 3).reshape(*dots.shape[:2], 1, -1), *more
 
 
 @pytest.fixture

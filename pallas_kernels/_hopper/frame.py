@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._hopper.tiles import CHUNK, MATRIX, TILE
 
 STAGES = 2  # chunks in flight
+PROGRAMS = 132  # multiprocessors of an H100 or H200
 
 
 class Place(NamedTuple):
@@ -29,7 +30,10 @@ class Place(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Sizes of a state pass: B rows, N value heads of V features, N / H of them a key head."""
+    """Sizes of a state pass: B rows, N value heads of V features, N / H of them a key head.
+
+    Rows run in `pieces` of so many chunks each, side by side.
+    """
 
     B: int
     H: int
@@ -37,24 +41,31 @@ class Frame(NamedTuple):
     V: int
     chunks: int
     warpgroups: int
+    pieces: int = 1
 
     def features(self, warpgroup):
         """The value features of a warpgroup."""
         return pl.ds((lax.axis_index("v") * self.warpgroups + warpgroup) * TILE, TILE)
 
     def walk(self, fetch: Callable, step: Callable, first, last, full, empty, backwards=False):
-        """From the state of `first` to that of `last` [B, N, V, K], over all chunks.
+        """From the state of `first` to that of `last` [B pieces, N, V, K], over all chunks.
 
+        last None: for what the steps do alone.
         fetch(place, get): get(source, target) each tile, as many as `full` counts.
         step(place, warpgroup, features, state) -> state.
         """
-        row = lax.axis_index("row")
+        row, start = lax.axis_index("row"), 0
+        if self.pieces > 1:
+            row, piece = row // self.pieces, lax.rem(row, self.pieces)
+            start = piece * self.chunks
         batch, n = row // self.N, lax.rem(row, self.N)
         head = n // (self.N // self.H)
         me = lax.axis_index("wg")
+        own = batch if self.pieces == 1 else batch * self.pieces + piece
 
         def chunk(i):
-            return self.chunks - 1 - i if backwards else i
+            i = self.chunks - 1 - i if backwards else i
+            return i if self.pieces == 1 else start + i
 
         def place(chunk, slot):
             return Place(batch, n, head, chunk, pl.ds(chunk * CHUNK, CHUNK), slot)
@@ -91,9 +102,10 @@ class Frame(NamedTuple):
                 plgpu.barrier_arrive(empty.at[slot])
                 return state
 
-            state = plgpu.load(first.at[batch, n, features], layout=MATRIX, optimized=False)
+            state = plgpu.load(first.at[own, n, features], layout=MATRIX, optimized=False)
             state = lax.fori_loop(0, self.chunks, advance, state)
-            last[batch, n, features] = state
+            if last is not None:
+                last[own, n, features] = state
             plgpu.wait_smem_to_gmem(0)
 
     def launch(self, kernel: Callable, out: list, **options):
@@ -101,7 +113,7 @@ class Frame(NamedTuple):
         return plgpu.kernel(
             kernel,
             out_type=out,
-            grid=(self.B * self.N, self.V // (TILE * self.warpgroups)),
+            grid=(self.B * self.N * self.pieces, self.V // (TILE * self.warpgroups)),
             grid_names=("row", "v"),
             num_threads=self.warpgroups + 1,
             thread_name="wg",

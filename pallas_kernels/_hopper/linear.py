@@ -16,8 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._hopper.frame import STAGES, Frame
-from pallas_kernels._hopper.gradients import PROGRAMS
+from pallas_kernels._hopper.frame import PROGRAMS, STAGES, Frame
 from pallas_kernels._hopper.tiles import (
     CHUNK,
     MATRIX,

@@ -113,7 +113,9 @@ def attend(
                 batch, n, _, chunk, tokens, slot = place
                 low = state.astype(dtype)
                 # Of d_out and of delta. Two warpgroups take the square of one each.
-                streams = [(me, jnp.where(me == 0, scale, -1.0))] if split else [(0, scale), (1, -1.0)]
+                streams = (
+                    [(me, jnp.where(me == 0, scale, -1.0))] if split else [(0, scale), (1, -1.0)]
+                )
                 tile = lax.axis_index("v") * warpgroups + me
 
                 def products(read, *shown):
@@ -193,56 +195,48 @@ def attend(
                     dots_ref[batch, n, tile, tokens] = column_sums(dots, sums_s.at[me])
 
                 def of_queries(read, replaced):
-                    def update(state_acc):
-                        plgpu.wgmma(replaced, low, sides_s.at[slot, 1].T)
+                    inter = plgpu.wgmma_accumulator_load(read, wait_n=0) * gate(0) * scale
+                    plgpu.wgmma(replaced, low, sides_s.at[slot, 1].T)
+                    wait_for_scores()
+                    old = plgpu.wgmma_accumulator_load(replaced, wait_n=0) * -gate(0)
+
+                    def update(accumulators):
+                        d_q_acc, d_k_acc, state_acc = accumulators
                         k_t = operand(k_s)
-                        inter = plgpu.wgmma_accumulator_load(read, wait_n=1) * gate(0) * scale
-                        wait_for_scores()
+                        plgpu.wgmma(d_q_acc, k_t, scores_s.at[0].T)
+                        plgpu.wgmma(d_k_acc, k_t, scores_s.at[1].T)
+                        d_q = plgpu.wgmma_accumulator_load(d_q_acc, wait_n=1)
+                        put(d_q, 0)
+                        dots = d_q * fine(q_s)
+                        d_k = plgpu.wgmma_accumulator_load(d_k_acc, wait_n=0)
+                        free_scores()
+                        kept = (fine(k_s) * gate(1)).astype(dtype)
+                        plgpu.wgmma(state_acc, kept, values_s.at[slot])
+                        put(d_k, 1)
+                        plgpu.commit_smem()
+                        send(0, d_q_ref)
+                        send(1, d_k_ref)
+                        put_dots(dots + d_k * fine(k_s))
 
-                        def show(d_q_acc):
-                            plgpu.wgmma(d_q_acc, k_t, scores_s.at[0].T)
-                            inter = plgpu.wgmma_accumulator_load(replaced, wait_n=1) * -gate(0)
-
-                            def replace(d_k_acc):
-                                plgpu.wgmma(d_k_acc, k_t, scores_s.at[1].T)
-                                kept = (k_t.astype(jnp.float32) * gate(1)).astype(dtype)
-                                plgpu.wgmma(state_acc, kept, values_s.at[slot])
-                                d_q = plgpu.wgmma_accumulator_load(d_q_acc, wait_n=2)
-                                put(d_q, 0)
-                                dots = d_q * fine(q_s)
-                                d_k = plgpu.wgmma_accumulator_load(d_k_acc, wait_n=1)
-                                free_scores()
-                                put(d_k, 1)
-                                plgpu.commit_smem()
-                                send(0, d_q_ref)
-                                send(1, d_k_ref)
-                                put_dots(dots + d_k * fine(k_s))
-
-                            pl.run_state(replace)(plgpu.ACC.init(inter))
-
-                        pl.run_state(show)(plgpu.ACC.init(inter))
-
-                    return pl.run_state(update)(whole(state))
+                    first = plgpu.ACC.init(inter), plgpu.ACC.init(old), whole(state)
+                    return pl.run_state(update)(first)[2]
 
                 def of_keys(read):
                     inter = plgpu.wgmma_accumulator_load(read, wait_n=0) * gate(1)
-                    before, q_t, k_t = gate(0), operand(q_s), operand(k_s)
-                    to_query = (q_t.astype(jnp.float32) * before * scale).astype(dtype)
-                    to_key = (k_t.astype(jnp.float32) * -before).astype(dtype)
+                    sums = jnp.sum(inter * fine(k_s), axis=1)
+                    written_ref[batch, n, chunk, features] = sums
+                    wait_for_scores()
 
-                    def update(state_acc):
-                        plgpu.wgmma(state_acc, to_query, sides_s.at[slot, 0])
-                        plgpu.wgmma(state_acc, to_key, sides_s.at[slot, 1])
-                        sums = jnp.sum(inter * fine(k_s), axis=1)
-                        written_ref[batch, n, chunk, features] = sums
-                        wait_for_scores()
-
-                        def show(d_k_acc):
-                            plgpu.wgmma(d_k_acc, q_t, scores_s.at[0])
-                            plgpu.wgmma(d_k_acc, k_t, scores_s.at[1])
-
-                        d_k = pl.run_state(show)(plgpu.ACC.init(inter))
+                    def update(accumulators):
+                        d_k_acc, state_acc = accumulators
+                        plgpu.wgmma(d_k_acc, operand(q_s), scores_s.at[0])
+                        plgpu.wgmma(d_k_acc, operand(k_s), scores_s.at[1])
+                        d_k = plgpu.wgmma_accumulator_load(d_k_acc, wait_n=0)
                         free_scores()
+                        to_query = (fine(q_s) * gate(0) * scale).astype(dtype)
+                        plgpu.wgmma(state_acc, to_query, sides_s.at[slot, 0])
+                        to_key = (fine(k_s) * -gate(0)).astype(dtype)
+                        plgpu.wgmma(state_acc, to_key, sides_s.at[slot, 1])
                         plgpu.barrier_wait(earlier_ready.at[me])
                         earlier = plgpu.load(out_s.at[me, 0].T, layout=MATRIX).astype(jnp.float32)
                         put(d_k + earlier, 0)
@@ -250,7 +244,7 @@ def attend(
                         send(0, d_k_ref)
                         put_dots(d_k * fine(k_s))
 
-                    return pl.run_state(update)(whole(state))
+                    return pl.run_state(update)((plgpu.ACC.init(inter), whole(state)))[1]
 
                 if not backwards:
 

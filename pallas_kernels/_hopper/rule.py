@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._hopper import linear
-from pallas_kernels._hopper.gradients import PROGRAMS, combine, gradients
+from pallas_kernels._hopper import delta, linear
+from pallas_kernels._hopper.frame import PROGRAMS
 from pallas_kernels._hopper.prepare import PAIR, prepare
 from pallas_kernels._hopper.reverse import reverse
 from pallas_kernels._hopper.scan import scan
@@ -33,17 +33,22 @@ def chunked(
 
     bfloat16 or float16 q, k and v, fp32 g, beta and states. K is 64 or 128, V a multiple of 64.
     documents: number of each token's document, never falling. The backward pass gets what `prepare`
-    gave the forward pass; of linear attention it keeps no states, of the delta rule it computes
-    those of the chunks again. Linear attention without g has no decay.
+    gave the forward pass, and of the delta rule what was written; states it keeps in registers.
+    Linear attention without g has no decay.
     """
-    return forward(q, k, v, g, beta, initial_state, documents, scale)[0]
+    return run(q, k, v, g, beta, initial_state, documents, scale, gives="out")[0]
 
 
-def forward(q, k, v, g, beta, initial_state, documents, scale):
+def forward(*arguments):
+    return run(*arguments, gives="out" if arguments[4] is None else "residuals")
+
+
+def run(q, k, v, g, beta, initial_state, documents, scale, gives):
+    """Results, and what the backward pass needs."""
     tokens = q.shape[1]
     arguments = q, k, v, g, beta, initial_state, documents
     q, k, v, g, beta, state, documents = arranged(*arguments)
-    pieces = 1 if beta is not None else pieces_of(v)
+    pieces = 1 if beta is not None else pieces_of(v.shape)
     prepared = prepare(q, k, g, beta, documents, scale=scale, pieces=pieces)
     _, gates, scores, inverse = prepared
     many = {"scale": scale, "warpgroups": warpgroups(v.shape[3], v.shape[0] * v.shape[2] * pieces)}
@@ -52,32 +57,30 @@ def forward(q, k, v, g, beta, initial_state, documents, scale):
         zeros = jnp.zeros((v.shape[0], *state.shape[1:]), jnp.float32)
         added = scan(None, k, v, gates, None, None, zeros, gives="final", **many)[-1]
         state = starts(added, gates, state)
-    kept = arguments, prepared[:2] if beta is None else prepared, state
-    o, _, _, state = scan(q, k, v, gates, scores, inverse, state, gives="out", **many)
+    given = q, k, v, gates, scores, inverse, state
+    if beta is None:
+        kept = (arguments, prepared[:2], state)
+        o, _, _, state = scan(*given, gives=gives, **many)
+    else:
+        parts = pieces_of((*v.shape[:3], k.shape[3]))
+        o, *left, state = scan(*given, gives=gives, **many, pieces=parts)
+        kept = (arguments, prepared, left)
     o, state = o.reshape(-1, pieces * o.shape[1], *o.shape[2:]), state[pieces - 1 :: pieces]
     return (o[:, :tokens], jnp.swapaxes(state, 2, 3)), kept
 
 
 def backward(scale, kept, cotangents):
-    (arguments, prepared, state), (d_out, d_final) = kept, cotangents
+    (arguments, prepared, left), (d_out, d_final) = kept, cotangents
     tokens, heads = arguments[0].shape[1:3]
-    decays, final = arguments[3] is not None, jnp.swapaxes(d_final, 2, 3)
     q, k, v, _, beta, _, documents = arranged(*arguments)
-    d_out = padded(d_out.astype(q.dtype), q.shape[1])
+    row = q, k, v, padded(d_out.astype(q.dtype), q.shape[1]), documents
     if beta is None:
-        state = jnp.swapaxes(state, 2, 3)
-        row = q, k, v, d_out, documents
+        state, decays = jnp.swapaxes(left, 2, 3), arguments[3] is not None
         d_q, d_k, d_v, d_g, d_state = of_linear(*row, prepared, state, d_final, scale, decays)
         d_beta = None
     else:
-        many = {"scale": scale, "warpgroups": warpgroups(v.shape[3], v.shape[0] * v.shape[2])}
-        summed, gates, scores, inverse = prepared
-        _, states, values, _ = scan(q, k, v, gates, scores, inverse, state, gives="states", **many)
-        d_states, d_v, d_state = reverse(q, k, d_out, gates, scores, inverse, final, **many)
-        d_q, d_k, d_beta, dots = gradients(
-            q, k, values, d_out, d_v, states, d_states, summed, gates, beta, documents, scale=scale
-        )
-        d_g, d_state = combine(dots, q.shape[1] // CHUNK), jnp.swapaxes(d_state, 2, 3)
+        given = beta, prepared, left, arguments[5], d_final, scale
+        d_q, d_k, d_v, d_g, d_beta, d_state = of_delta(*row, *given)
 
     def over_shared(x):
         """The sum over the value heads that share a query and key head."""
@@ -113,16 +116,41 @@ def of_linear(q, k, v, d_out, documents, prepared, state, d_final, scale, decays
     return d_q, d_k, d_v, d_g, d_state[::pieces]
 
 
+def of_delta(q, k, v, d_out, documents, beta, prepared, left, state, d_final, scale):
+    """(d_q, d_k, d_v, d_g, d_beta, d_state) of the delta rule, whose rows `delta` runs in pieces.
+
+    left: the values written, and the state before each piece if there are more than one.
+    """
+    summed, gates, scores, inverse = prepared
+    values, states = left
+    pieces = 1 if states is None else states.shape[2]
+    d_v, d_states, d_state = reverse(
+        q, k, d_out, gates, scores, inverse, jnp.swapaxes(d_final, 2, 3),
+        scale=scale, warpgroups=warpgroups(v.shape[3], v.shape[0] * v.shape[2]), pieces=pieces,
+    )  # fmt: skip
+    if pieces > 1:
+        state, d_final = (
+            jnp.moveaxis(x, (2, 4), (1, 3)).reshape(-1, *state.shape[1:])
+            for x in (states, d_states)
+        )
+    d_q, d_k, d_g, d_beta = delta.gradients(
+        q, k, values, d_out, d_v, beta, summed, gates, documents, state, d_final,
+        scale=scale, pieces=pieces,
+    )  # fmt: skip
+    return d_q, d_k, d_v, d_g, d_beta, jnp.swapaxes(d_state, 2, 3)
+
+
 chunked.defvjp(forward, backward)
 
 
-def pieces_of(v) -> int:
+def pieces_of(shape) -> int:
     """Parts of a row that run side by side, where there are too few heads to fill the device.
 
-    Without the delta rule a state falls by known decays, so what parts add to it can be summed
-    before they run.
+    shape [B, T, N, V]: V features a warpgroup has 64 of. Without the delta rule a state falls by
+    known decays, so what parts add to it can be summed before they run; with it the backward pass
+    alone has parts, whose states `scan` and `reverse` meet on their way.
     """
-    B, T, N, V = v.shape
+    B, T, N, V = shape
     pieces = 1
     while pieces < MOST_PIECES and 2 * pieces * B * N * (V // TILE) <= PROGRAMS:
         if T % (2 * pieces * PAIR * CHUNK):

@@ -1,4 +1,4 @@
-"""The state pass over chunks on Hopper: outputs and the final state, or the state of every chunk.
+"""The state pass over chunks on Hopper: outputs and the final state.
 
 Everything is kept transposed: the state S^T [64, K] of a warpgroup never leaves its registers. It
 is the left operand of every product; right operands are tiles in shared memory, so warpgroups need
@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -16,22 +17,22 @@ from pallas_kernels._hopper.frame import STAGES, Frame
 from pallas_kernels._hopper.tiles import CHUNK, MATRIX, SQUARE, TILE, across, tiles
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "gives", "warpgroups"))
-def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, gives, warpgroups):
-    """(o, states, values, final state), of which `gives` names one; the final state comes always.
+@functools.partial(jax.jit, static_argnames=("scale", "gives", "warpgroups", "pieces"))
+def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, gives, warpgroups, pieces=1):
+    """(o, values, states, final state), of which `gives` says which come; the last comes always.
 
     q, k [B, T, H, K], v [B, T, N, V]; gates, scores and inverse from `prepare`, inverse None
     without the delta rule; initial and final state fp32 [B, N, V, K], transposed.
-    gives: "out" o [B, T, N, V]; "states" those before each chunk, [B, N, T/64, V, K], and the
-    values [B, T, N, V] that the delta rule writes; "final" neither. The others are None, and q and
-    scores are read for "out" alone.
+    gives: "out" o [B, T, N, V]; "final" none, without q and scores; "residuals" what the backward
+    pass of the delta rule needs: o, the values [B, T, N, V] that it writes, and of more than one
+    piece the state before each, fp32 [B, N, pieces, V, K]. The others are None.
     """
     B, T, H, K = k.shape
     N, V = v.shape[2:]
     chunks, dtype = T // CHUNK, k.dtype
     delta = inverse is not None
-    reads, states = gives == "out", gives == "states"
-    leaves = reads or (states and delta)  # something [B, T, N, V]
+    reads, leaves = gives != "final", gives == "residuals"
+    states = leaves and pieces > 1
     frame = Frame(B, H, N, V, chunks, warpgroups)
 
     def kernel(*refs):
@@ -40,10 +41,11 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, gives, warpgr
         inverse_ref = next(refs) if delta else None
         q_ref, scores_ref = (next(refs), next(refs)) if reads else (None, None)
         final_ref = next(refs)
+        out_ref = next(refs) if reads else None
+        values_ref = next(refs) if leaves else None
         states_ref = next(refs) if states else None
-        out_ref = next(refs, None)  # o, or the values written
 
-        def body(k_s, v_s, gates_s, q_s, scores_s, inverse_s, out_s, states_s, full, empty):
+        def body(k_s, v_s, gates_s, q_s, scores_s, inverse_s, out_s, values_s, full, empty):
             def fetch(place, get):
                 batch, n, head, chunk, tokens, slot = place
                 get(k_ref.at[batch, tokens, head], k_s.at[slot])
@@ -63,28 +65,27 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, gives, warpgr
                 whole = gates_s[slot, 0, CHUNK - 1]
                 low = state.astype(dtype)
 
+                if states:
+
+                    @pl.when(lax.rem(chunk, chunks // pieces) == 0)
+                    def _():
+                        states_ref[batch, n, chunk // (chunks // pieces), features] = state
+
                 def put(out):
-                    """Copy the output, and the state where asked for, while products run."""
-                    if reads:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    if out is not None:
-                        out_s.at[me].T[...] = out
+                    """Copy the output while products run."""
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_s.at[me].T[...] = out
                     plgpu.commit_smem()
-                    if out is not None:
-                        target = out_ref.at[batch, tokens, n, features]
-                        plgpu.copy_smem_to_gmem(out_s.at[me], target)
-                    if states:
-                        target = states_ref.at[batch, n, chunk, features]
-                        plgpu.copy_smem_to_gmem(states_s.at[me], target)
+                    pairs = [(out_s, out_ref)] + [(values_s, values_ref)] * leaves
+                    for source, target in pairs:
+                        target = target.at[batch, tokens, n, features]
+                        plgpu.copy_smem_to_gmem(source.at[me], target)
 
                 def products(read=None, stored=None, written=None):
                     if delta:
                         plgpu.wgmma(stored, low, k_s.at[slot].T)
                     if reads:
                         plgpu.wgmma(read, low, q_s.at[slot].T)
-                    elif states:  # while the product runs
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        states_s[me] = low
                     value = v_t
                     if delta:
                         old = plgpu.wgmma_accumulator_load(stored, wait_n=int(reads))
@@ -96,13 +97,14 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, gives, warpgr
                     def update(state_acc):
                         if not reads:
                             plgpu.wgmma(state_acc, kept, k_s.at[slot])
-                            if states:
-                                put(low_value if delta else None)
                         elif delta:
 
                             def show(o_acc):
                                 plgpu.wgmma(o_acc, low_value, scores_s.at[slot].T)
                                 plgpu.wgmma(state_acc, kept, k_s.at[slot])
+                                if leaves:  # while the products run
+                                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                                    values_s.at[me].T[...] = low_value
                                 put(plgpu.wgmma_accumulator_load(o_acc, wait_n=1).astype(dtype))
 
                             pl.run_state(show)(plgpu.ACC.init(read[...] * before * scale))
@@ -135,22 +137,17 @@ def scan(q, k, v, gates, scores, inverse, initial_state, *, scale, gives, warpgr
             tiles((STAGES, CHUNK, K), dtype) if reads else None,
             tiles((STAGES, *SQUARE), dtype) if reads else None,
             tiles((STAGES, *SQUARE), dtype) if delta else None,
+            tiles((warpgroups, CHUNK, TILE), dtype) if reads else None,
             tiles((warpgroups, CHUNK, TILE), dtype) if leaves else None,
-            tiles((warpgroups, TILE, K), dtype) if states else None,
             plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),
             collective_axes="wg",
         )
 
     values = jax.ShapeDtypeStruct((B, T, N, V), dtype)
-    out = [jax.ShapeDtypeStruct((B, N, V, K), jnp.float32)]
+    out = [jax.ShapeDtypeStruct((B, N, V, K), jnp.float32)] + [values] * (reads + leaves)
     if states:
-        out += [jax.ShapeDtypeStruct((B, N, chunks, V, K), dtype)]
-    if leaves:
-        out += [values]
+        out += [jax.ShapeDtypeStruct((B, N, pieces, V, K), jnp.float32)]
     operands = [k, v, gates, initial_state] + [inverse] * delta + [q, scores] * reads
     final, *rest = frame.launch(kernel, out)(*operands)
-    rest = iter(rest)
-    states = next(rest) if states else None
-    left = next(rest, None)
-    return left if reads else None, states, None if reads else left, final
+    return *rest, *[None] * (3 - len(rest)), final

@@ -46,8 +46,9 @@ def test_forward_and_backward_lower(op, name):
         given = jax.eval_shape(lambda: hopper_arguments(op, name))
         traced = jax.jit(gradient).trace(given, HOPPER_CASES[name].segment_ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Forward: prepare and scan; backward: scan, reverse, gradients, or of linear attention a pass
-    # for each of d_q, d_k and d_v. Where rows run in pieces, one more pass forward and backward.
+    # Forward: prepare and scan; backward: reverse and two passes of the delta rule, or of linear
+    # attention a pass for each of d_q, d_k and d_v. Of linear attention where rows run in pieces,
+    # one more pass forward and backward.
     pieces = (op, name) == ("gated_linear_attention", "packed")
     assert text.count("custom_call @mosaic_gpu") == 5 + 2 * pieces
 

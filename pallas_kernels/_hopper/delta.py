@@ -15,9 +15,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels._hopper.frame import STAGES, Frame
 from pallas_kernels._hopper.linear import EVERY, of_decay, warpgroups
@@ -35,6 +39,7 @@ from pallas_kernels._hopper.tiles import (
     tiles,
 )
 
+THREADS = 128  # of a warpgroup
 SUMS = 1024  # floats in which the warps of a warpgroup add up columns
 
 
@@ -67,8 +72,9 @@ def attend(
     """The pass forwards (d_q, d_k, dots, states, d_beta), backwards (d_k, dots, written, overlaps).
 
     Forwards: d_q, d_k [B, T, N, K], d_k only of what the chunks read; dots fp32 [B, N, K/64, T],
-    q.d_q + k.d_k by feature tile; the state [B, N, ., K, V] before each chunk that EVERY divides;
-    d_beta fp32 [B, N, T]. It takes beta, and as `first` the state before each piece.
+    q.d_q + k.d_k by feature tile; the state before each chunk that EVERY divides, by tile as of
+    `keep` [B, N, ., K/64, ...]; d_beta fp32 [B, N, T]. It takes beta, and as `first` the state
+    before each piece.
     Backwards: d_k of both, dots k.d_k of what the chunks write alone; the dots with that from the
     state alone, summed over a chunk [B, N, T/64, K]; products of the states with their gradients,
     [B, N, ., K]. It takes d_k and states from forwards, `first` is the gradient after each piece.
@@ -210,8 +216,8 @@ def attend(
                         dots = d_q * fine(q_s)
                         d_k = plgpu.wgmma_accumulator_load(d_k_acc, wait_n=0)
                         free_scores()
-                        kept = (fine(k_s) * gate(1)).astype(dtype)
-                        plgpu.wgmma(state_acc, kept, values_s.at[slot])
+                        after = (fine(k_s) * gate(1)).astype(dtype)
+                        plgpu.wgmma(state_acc, after, values_s.at[slot])
                         put(d_k, 1)
                         plgpu.commit_smem()
                         send(0, d_q_ref)
@@ -250,7 +256,7 @@ def attend(
 
                     @pl.when(lax.rem(chunk, EVERY) == 0)
                     def _():
-                        states_ref[batch, n, chunk // EVERY, features] = low
+                        keep(low, states_ref.at[batch, n, chunk // EVERY, tile])
 
                 square_acc = plgpu.ACC(SQUARE, jnp.float32)
                 state = pl.run_scoped(products, *[square_acc] * (1 + len(streams)))
@@ -258,9 +264,9 @@ def attend(
 
                     @pl.when(lax.rem(chunk, EVERY) == 0)
                     def _():
-                        source = states_ref.at[batch, n, chunk // EVERY, features]
-                        kept = plgpu.load(source, layout=MATRIX, optimized=False)
-                        sums = jnp.sum(kept.astype(jnp.float32) * state, axis=1)
+                        source = states_ref.at[batch, n, chunk // EVERY, tile]
+                        before = kept(source, state.shape).astype(jnp.float32)
+                        sums = jnp.sum(before * state, axis=1)
                         overlaps_ref[batch, n, chunk // EVERY, features] = sums
 
                 return state
@@ -304,8 +310,14 @@ def attend(
         out = [by_token, full(B, N, K // TILE, T), full(B, N, count, K), full(B, N, groups, K)]
     else:
         operands += [beta]
-        kept = jax.ShapeDtypeStruct((B, N, groups, K, V), dtype)
-        out = [by_token, by_token, full(B, N, K // TILE, T), kept, full(B, N, T)]
+        held = (B, N, groups, K // TILE, *held_shape(TILE, V))
+        out = [
+            by_token,
+            by_token,
+            full(B, N, K // TILE, T),
+            jax.ShapeDtypeStruct(held, dtype),
+            full(B, N, T),
+        ]
     launch = functools.partial(frame.launch, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return launch(kernel, out)(*operands)
 
@@ -320,3 +332,50 @@ def column_sums(matrix, scratch):
         return matrix.reduce("add", 0, scratch)
 
     return run(matrix, scratch)
+
+
+def held_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Registers of two numbers, and numbers of all threads in such a register."""
+    return rows * columns // (2 * THREADS), 2 * THREADS
+
+
+def keep(matrix, target):
+    """Store a matrix of 16-bit numbers in global memory as the threads hold it, `held_shape`."""
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType()))
+    def run(ctx, matrix, target):
+        del ctx
+        for number, register in enumerate(matrix.registers.flat):
+            vector.store(register, target, [at(number), own_column()])
+
+    run(matrix, target)
+
+
+def kept(source, shape):
+    """The matrix that `keep` has stored."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct(shape, source.dtype, layout=MATRIX),
+    )
+    def run(ctx, source):
+        del ctx
+        layout = MATRIX.to_mgpu()
+        pair = ir.VectorType.get((2,), ir.MemRefType(source.type).element_type)
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        for number, place in enumerate(np.ndindex(registers.shape)):
+            registers[place] = vector.load(pair, source, [at(number), own_column()])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return run(source)
+
+
+def own_column():
+    """Where a thread has its two numbers in a register of all."""
+    index = ir.IndexType.get()
+    thread = arith.index_cast(index, mgpu.utils.thread_idx())
+    return arith.muli(arith.remui(thread, at(THREADS)), at(2))
+
+
+def at(value: int):
+    return arith.constant(ir.IndexType.get(), value)

@@ -26,13 +26,14 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels._hopper.frame import STAGES, Frame
 from pallas_kernels._hopper.linear import EVERY, of_decay, warpgroups
 from pallas_kernels._hopper.tiles import (
-    ACROSS,
     CHUNK,
     DOWN,
     MATRIX,
     SQUARE,
+    SUMS,
     TILE,
     across,
+    column_sums,
     down,
     exp_where,
     places,
@@ -40,7 +41,6 @@ from pallas_kernels._hopper.tiles import (
 )
 
 THREADS = 128  # of a warpgroup
-SUMS = 1024  # floats in which the warps of a warpgroup add up columns
 
 
 def gradients(
@@ -320,18 +320,6 @@ def attend(
         ]
     launch = functools.partial(frame.launch, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return launch(kernel, out)(*operands)
-
-
-def column_sums(matrix, scratch):
-    """The sums of a matrix's columns, by way of shared memory of the warpgroup's own."""
-    result = plgpu.ShapeDtypeStruct((matrix.shape[1],), jnp.float32, layout=ACROSS)
-
-    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType()), return_type=result)
-    def run(ctx, matrix, scratch):
-        del ctx
-        return matrix.reduce("add", 0, scratch)
-
-    return run(matrix, scratch)
 
 
 def held_shape(rows: int, columns: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -21,15 +22,17 @@ from pallas_kernels._hopper.tiles import (
     CHUNK,
     MATRIX,
     SQUARE,
+    SUMS,
     TILE,
     across,
+    column_sums,
     down,
     exp_where,
     places,
     tiles,
 )
 
-EVERY = 4  # chunks: before each fourth the pass of d_q keeps the state, for the gradient of g
+EVERY = 8  # chunks: before each eighth the pass of d_q keeps the state, for the gradient of g
 FORGOTTEN = 2.0**-8  # decay over a chunk, below which nothing of an earlier state is counted
 
 
@@ -96,7 +99,7 @@ def of_decay(query_dots, key_dots, written, overlaps, kept):
         overlap = survived + added[..., c]
         after.append(overlap)
     after = jnp.stack(after, axis=3).reshape(B, N, -1)[:, :, :chunks, None]
-    later = jnp.tril(jnp.ones(SQUARE, jnp.float32))
+    later = np.tril(np.ones(SQUARE, np.float32))
     from_end = jnp.einsum("bncs,st->bnct", local, later, precision="highest")
     return (from_end + after).reshape(B, N, -1)
 
@@ -140,7 +143,7 @@ def attend(
 
         def body(
             keys_s, values_s, gates_s, queries_s, summed_s, documents_s, dotted_s, scores_s, out_s,
-            states_s, full, empty, states_full,
+            sums_s, states_s, full, empty, states_full,
         ):  # fmt: skip
             def fetch(place, get):
                 batch, n, head, chunk, tokens, slot = place
@@ -235,26 +238,16 @@ def attend(
                     return added(kept, between)
 
                 def finish(out, inter):
-                    low = out.astype(dtype)
-                    out_s.at[me].T[...] = low
+                    out_s.at[me].T[...] = out.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(out_s.at[me], out_ref.at[batch, tokens, n, features])
                     if not dots:
                         return
-                    rest_s = scores_s.at[me]  # where the scores were: what rounding took from out
-                    rest_s.T[...] = (out - low.astype(jnp.float32)).astype(dtype)
+                    right = plgpu.load(dotted_s.at[slot, me].T, layout=MATRIX).astype(jnp.float32)
                     if backwards:
-                        right = plgpu.load(dotted_s.at[slot, me].T, layout=MATRIX)
-                        sums = jnp.sum(inter * right.astype(jnp.float32), axis=1)
-                        written_ref[batch, n, chunk, features] = sums
-                    right = plgpu.load(dotted_s.at[slot, me], layout=MATRIX).astype(jnp.float32)
-                    plgpu.commit_smem()
-                    high, rest = (
-                        plgpu.load(x, layout=MATRIX).astype(jnp.float32)
-                        for x in (out_s.at[me], rest_s)
-                    )
+                        written_ref[batch, n, chunk, features] = jnp.sum(inter * right, axis=1)
                     tile = lax.axis_index("v") * warpgroups + me
-                    dots_ref[batch, n, tile, tokens] = jnp.sum((high + rest) * right, axis=1)
+                    dots_ref[batch, n, tile, tokens] = column_sums(out * right, sums_s.at[me])
 
                 if not reads:
                     return added(operands()[1])
@@ -288,6 +281,7 @@ def attend(
             parts if dots else None,
             squares if reads else None,
             squares if reads else None,
+            plgpu.SMEM((warpgroups, SUMS), jnp.float32) if dots else None,
             tiles((warpgroups, TILE, K), dtype) if dots else None,
             plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),

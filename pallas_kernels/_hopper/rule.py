@@ -62,7 +62,7 @@ def run(q, k, v, g, beta, initial_state, documents, scale, gives):
         kept = (arguments, prepared[:2], state)
         o, _, _, state = scan(*given, gives=gives, **many)
     else:
-        parts = pieces_of((*v.shape[:3], k.shape[3]))
+        parts = pieces_of((*v.shape[:3], TILE))  # programs of `delta` take all tiles of a head
         o, *left, state = scan(*given, gives=gives, **many, pieces=parts)
         kept = (arguments, prepared, left)
     o, state = o.reshape(-1, pieces * o.shape[1], *o.shape[2:]), state[pieces - 1 :: pieces]
@@ -146,7 +146,7 @@ chunked.defvjp(forward, backward)
 def pieces_of(shape) -> int:
     """Parts of a row that run side by side, where there are too few heads to fill the device.
 
-    shape [B, T, N, V]: V features a warpgroup has 64 of. Without the delta rule a state falls by
+    shape [B, T, N, V]: a program has 64 of V features. Without the delta rule a state falls by
     known decays, so what parts add to it can be summed before they run; with it the backward pass
     alone has parts, whose states `scan` and `reverse` meet on their way.
     """

@@ -8,6 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 CHUNK = 64  # tokens
 TILE = 64  # features of a warpgroup: the rows of a Hopper matrix product
 SQUARE = (CHUNK, CHUNK)
+SUMS = 1024  # floats in which the warps of a warpgroup add up columns
 
 MATRIX = plgpu.Layout.WGMMA
 DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of a matrix
@@ -50,3 +51,15 @@ def product(left, right, shape=SQUARE):
 def exp_where(mask, difference):
     """exp(difference) where the mask holds, else 0; nothing overflows where it does not."""
     return jnp.exp(jnp.where(mask, difference, -jnp.inf))
+
+
+def column_sums(matrix, scratch):
+    """The sums of a matrix's columns, by way of shared memory of the warpgroup's own."""
+    result = plgpu.ShapeDtypeStruct((matrix.shape[1],), jnp.float32, layout=ACROSS)
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType()), return_type=result)
+    def run(ctx, matrix, scratch):
+        del ctx
+        return matrix.reduce("add", 0, scratch)
+
+    return run(matrix, scratch)

@@ -1,6 +1,7 @@
 """Rows of an experiment, kept as JSON while it runs."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -51,8 +52,20 @@ def attempt(row: Row, measure: Callable[[], Row]) -> Row:
         return row | {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
+def allow_threads() -> None:
+    """Call this before JAX has looked for devices where `attempt_all` is to run several jobs.
+
+    A CUDA graph cannot be recorded while another thread compiles or loads a program: both fail.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
+
+
 def attempt_all(jobs: Iterable[tuple[Row, Callable[[], Row]]], at_once: int) -> Iterator[Row]:
-    """The rows of `attempt` as they end; `at_once` jobs run at the same time, in threads."""
+    """The rows of `attempt` as they end; `at_once` jobs run at the same time, in threads.
+
+    On a GPU more than one need `allow_threads`.
+    """
     with ThreadPoolExecutor(at_once) as pool:
         for job in as_completed([pool.submit(attempt, *job) for job in jobs]):
             yield job.result()

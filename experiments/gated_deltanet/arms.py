@@ -97,10 +97,10 @@ def plan(
 
 
 def trained(part: str, task: Task, mixers: Iterable[str], workers: int) -> Iterator[dict]:
-    """A row a mixer; while one trains, the next ones compile."""
+    """A row a mixer; all compile first: a GPU can fail at what it runs meanwhile."""
     prepare = quality.prepare_language if part == "language" else quality.prepare_recall
     quality.load(task)
     with ThreadPoolExecutor(workers) as pool:
         jobs = [(mixer, pool.submit(prepare, task, mixer)) for mixer in mixers]
-        for mixer, job in jobs:
-            yield attempt({"what": part, "mixer": mixer}, lambda job=job: job.result()())
+    for mixer, job in jobs:
+        yield attempt({"what": part, "mixer": mixer}, lambda job=job: job.result()())

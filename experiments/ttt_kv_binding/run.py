@@ -13,7 +13,7 @@ from pathlib import Path
 import speed
 from models import METHODS, QUALITY, SPEED, Run, make_config
 
-from efficient_lm.evaluation.results import Results, attempt_all
+from efficient_lm.evaluation.results import Results, allow_threads, attempt_all
 from efficient_lm.model.definition import define
 from efficient_lm.training.in_memory import load_batches, make_evaluator, train_in_memory
 
@@ -53,6 +53,8 @@ def main() -> None:
         help="models trained, or programs compiled, at the same time",
     )  # fmt: skip
     given = parser.parse_args()
+    if given.at_once > 1:
+        allow_threads()
     run, layer = QUALITY[given.arm], SPEED[given.arm]
     changes = {"steps": given.steps, "seeds": given.seeds}
     run = replace(run, **{name: value for name, value in changes.items() if value})

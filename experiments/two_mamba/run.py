@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from models import ARMS, METHODS, Run, make_config
 
-from efficient_lm.evaluation.results import Results, attempt_all
+from efficient_lm.evaluation.results import Results, allow_threads, attempt_all
 from efficient_lm.inference.speed import state_bytes
 from efficient_lm.model.definition import define
 from efficient_lm.training.in_memory import load_batches, make_evaluator, train_in_memory
@@ -69,6 +69,8 @@ def main() -> None:
         help="models trained at the same time, so that compilations overlap",
     )  # fmt: skip
     given = parser.parse_args()
+    if given.at_once > 1:
+        allow_threads()
     runs = {
         part: replace(run, steps=given.steps or run.steps)
         for part, run in ARMS[given.arm].items()

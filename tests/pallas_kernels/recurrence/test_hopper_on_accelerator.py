@@ -29,7 +29,7 @@ def worst_error(op: str, name: str, implementation: str) -> float:
 @pytest.mark.parametrize("name", HOPPER_CASES)
 @pytest.mark.parametrize("op", HOPPER_OPS)
 def test_kernels_are_the_recurrence(op, name):
-    if jax.default_backend() != "gpu":
+    if not getattr(jax.devices()[0], "compute_capability", "").startswith("9."):
         pytest.skip("needs a Hopper GPU")
     assert worst_error(op, name, "mosaic_gpu") < 1e-2
 

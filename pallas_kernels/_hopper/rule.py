@@ -31,7 +31,7 @@ def chunked(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
     """(o, final state); without beta linear attention, with it the delta rule.
 
-    bfloat16 or float16 q, k and v, fp32 g, beta and states. K is 64 or 128, V a multiple of 64.
+    bfloat16 or float16 q, k and v, fp32 g, beta and states. K and V are 64 or 128.
     documents: number of each token's document, never falling. The backward pass gets what `prepare`
     gave the forward pass, and of the delta rule what was written; states it keeps in registers.
     Linear attention without g has no decay.
@@ -48,7 +48,11 @@ def run(q, k, v, g, beta, initial_state, documents, scale, gives):
     tokens = q.shape[1]
     arguments = q, k, v, g, beta, initial_state, documents
     q, k, v, g, beta, state, documents = arranged(*arguments)
-    pieces = 1 if beta is not None else pieces_of(v.shape)
+    pieces = (
+        1
+        if beta is not None
+        else pieces_of(v.shape[1], v.shape[0] * v.shape[2] * (v.shape[3] // TILE))
+    )
     prepared = prepare(q, k, g, beta, documents, scale=scale, pieces=pieces)
     _, gates, scores, inverse = prepared
     many = {"scale": scale, "warpgroups": warpgroups(v.shape[3], v.shape[0] * v.shape[2] * pieces)}
@@ -62,7 +66,7 @@ def run(q, k, v, g, beta, initial_state, documents, scale, gives):
         kept = (arguments, prepared[:2], state)
         o, _, _, state = scan(*given, gives=gives, **many)
     else:
-        parts = pieces_of((*v.shape[:3], TILE))  # programs of `delta` take all tiles of a head
+        parts = pieces_of(v.shape[1], v.shape[0] * v.shape[2])  # `delta` has a program a head
         o, *left, state = scan(*given, gives=gives, **many, pieces=parts)
         kept = (arguments, prepared, left)
     o, state = o.reshape(-1, pieces * o.shape[1], *o.shape[2:]), state[pieces - 1 :: pieces]
@@ -143,17 +147,16 @@ def of_delta(q, k, v, d_out, documents, beta, prepared, left, state, d_final, sc
 chunked.defvjp(forward, backward)
 
 
-def pieces_of(shape) -> int:
-    """Parts of a row that run side by side, where there are too few heads to fill the device.
+def pieces_of(tokens: int, programs: int) -> int:
+    """Parts of a row that run side by side, where whole rows would be too few programs.
 
-    shape [B, T, N, V]: a program has 64 of V features. Without the delta rule a state falls by
-    known decays, so what parts add to it can be summed before they run; with it the backward pass
-    alone has parts, whose states `scan` and `reverse` meet on their way.
+    Without the delta rule a state falls by known decays, so what parts add to it can be summed
+    before they run; with it the backward pass alone has parts, whose states `scan` and `reverse`
+    meet on their way.
     """
-    B, T, N, V = shape
     pieces = 1
-    while pieces < MOST_PIECES and 2 * pieces * B * N * (V // TILE) <= PROGRAMS:
-        if T % (2 * pieces * PAIR * CHUNK):
+    while pieces < MOST_PIECES and 2 * pieces * programs <= PROGRAMS:
+        if tokens % (2 * pieces * PAIR * CHUNK):
             break
         pieces *= 2
     return pieces

@@ -1,75 +1,39 @@
 """The gradients of the delta rule on Hopper: its passes, written down in jnp, give them."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
-from recurrence_cases import HOPPER_CASES, Case, errors, hopper_arguments
+from hopper_passes import (
+    DECAYS,
+    EIGHT_PIECES,
+    MANY_CHUNKS,
+    by_chunk,
+    by_token,
+    decays,
+    found,
+    product,
+    rounded,
+    summed_and_gates,
+)
+from recurrence_cases import HOPPER_CASES, Case
 
-from pallas_kernels._core.recurrence import documents as documents_of
 from pallas_kernels._hopper import delta, rule
 from pallas_kernels._hopper.tiles import CHUNK
 from pallas_kernels.gated_delta_rule import mosaic_gpu, ref
 
 CASES = {
     **{name: HOPPER_CASES[name] for name in ("one_token", "packed", "no_decay")},
-    "many_chunks": Case(B=2, T=630, H=1, N=2, K=64, V=64, initial_state=True, dtype="bfloat16"),
-    "eight_pieces": Case(T=1000, H=1, N=1, K=64, V=64, initial_state=True, dtype="bfloat16"),
+    "many_chunks": MANY_CHUNKS,
+    "eight_pieces": EIGHT_PIECES,
     "equal_keys": Case(
         T=150, K=64, V=64, cosine=0.9, beta=0.95, initial_state=True, dtype="bfloat16"
     ),
 }
-DECAYS = {
-    "near_one": lambda g: 0.01 * g,
-    "near_zero": lambda g: g - 4.0,
-    "of_all_sizes": lambda g: -jnp.exp(40.0 * g + 2.0),
-}
-
-
-def by_chunk(x, heads: int = 1):
-    """[B, T, H, F] as fp32 [chunks, B, N, C, F]; [B, N, T] as [chunks, B, N, C]."""
-    if x.ndim == 3:
-        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, CHUNK), 2, 0)
-    B, T, H, F = x.shape
-    x = jnp.repeat(x.astype(jnp.float32), heads // H, axis=2)
-    return jnp.moveaxis(x.reshape(B, T // CHUNK, CHUNK, heads, F), (1, 3), (0, 2))
-
-
-def by_token(x, dtype):
-    """[chunks, B, N, C, F] as [B, T, N, F]."""
-    x = jnp.moveaxis(x, (0, 2), (1, 3))
-    return x.reshape(x.shape[0], -1, *x.shape[3:]).astype(dtype)
-
-
-def product(text, *arrays):
-    return jnp.einsum(text, *(x.astype(jnp.float32) for x in arrays), precision="highest")
-
-
-def rounded(x, dtype):
-    return x.astype(dtype).astype(jnp.float32)
-
-
-def decays(summed, documents):
-    """exp(G_i - G_j) for j <= i of one document: [chunks, B, N, C, C]."""
-    summed = by_chunk(summed)
-    keep = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))[None, None, None]
-    if documents is not None:
-        own = by_chunk(documents[:, None])
-        keep = keep & (own[..., :, None] == own[..., None, :])
-    return jnp.exp(jnp.where(keep, summed[..., :, None] - summed[..., None, :], -jnp.inf))
 
 
 def prepare(q, k, g, beta, documents, *, scale, pieces=1):
-    B, N, T = g.shape
-    dtype, summed = q.dtype, jnp.cumsum(g.reshape(B, N, -1, CHUNK), axis=3)
-    before, after = jnp.exp(summed), jnp.exp(summed[..., -1:] - summed)
-    if documents is not None:
-        own = documents.reshape(B, 1, -1, CHUNK)
-        last = jnp.pad(own[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))
-        before = jnp.where(own == last, before, 0.0)
-        after = jnp.where(own == own[..., -1:], after, 0.0)
-    summed = summed.reshape(B, N, T)
+    N, dtype = g.shape[1], q.dtype
+    summed, gates = summed_and_gates(g, documents)
     decay, q, k = decays(summed, documents), by_chunk(q, N), by_chunk(k, N)
     scores = product("cbnik,cbnjk->cbnij", q, k) * decay * scale
     weight = by_chunk(beta)
@@ -81,7 +45,7 @@ def prepare(q, k, g, beta, documents, *, scale, pieces=1):
     scores, inverse = (
         jnp.moveaxis(x.astype(dtype), 0, 2) for x in (scores, inverse * weight[..., None, :])
     )
-    return summed, jnp.stack([before, after], axis=3), scores, inverse
+    return summed, gates, scores, inverse
 
 
 def scan(q, k, v, gates, scores, inverse, state, *, scale, gives, warpgroups, pieces=1):
@@ -197,32 +161,12 @@ def written_down(monkeypatch):
     monkeypatch.setattr(delta, "attend", attend)
 
 
-def found(name: str, decays: str) -> dict:
-    """Errors against the recurrence, by what they are of."""
-    case = CASES[name]
-    given = name in HOPPER_CASES
-    arguments = hopper_arguments("gated_delta_rule", name) if given else case.arguments()
-    if decays in DECAYS:
-        arguments["g"] = DECAYS[decays](arguments["g"])
-    index = None if case.segments is None else documents_of(case.segment_ids)
-
-    def run(function, initial_state=None, **arguments):
-        return function(
-            **arguments, initial_state=initial_state, scale=case.K**-0.5, documents=index
-        )
-
-    return errors(
-        functools.partial(run, ref.gated_delta_rule),
-        functools.partial(run, mosaic_gpu.gated_delta_rule),
-        arguments,
-    )
-
-
 @pytest.mark.parametrize(
     "name, decays",
     [(name, "as_is") for name in CASES] + [("many_chunks", decays) for decays in DECAYS],
 )
 def test_passes_give_the_gradients(written_down, name, decays):
-    of = found(name, decays)
-    print(name, decays, {key: f"{value:.1e}" for key, value in of.items()})
+    of = found(
+        "gated_delta_rule", ref.gated_delta_rule, mosaic_gpu.gated_delta_rule, CASES, name, decays
+    )
     assert max(of.values()) < 1e-2

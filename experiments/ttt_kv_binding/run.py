@@ -53,7 +53,12 @@ def main() -> None:
         help="models trained, or programs compiled, at the same time",
     )  # fmt: skip
     given = parser.parse_args()
-    if given.at_once > 1:
+    if given.at_once > 1 and "quality" in given.parts:
+        if "speed" in given.parts:
+            parser.error(
+                "--at_once with quality turns CUDA graphs off, which slows what speed measures; "
+                "run --parts=quality and --parts=speed apart"
+            )
         allow_threads()
     run, layer = QUALITY[given.arm], SPEED[given.arm]
     changes = {"steps": given.steps, "seeds": given.seeds}

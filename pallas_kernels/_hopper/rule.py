@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._hopper import delta, linear
+from pallas_kernels._hopper.arranged import arranged, over_shared, padded, warpgroups
 from pallas_kernels._hopper.frame import PROGRAMS
 from pallas_kernels._hopper.prepare import PAIR, prepare
 from pallas_kernels._hopper.reverse import reverse
@@ -14,8 +15,6 @@ from pallas_kernels._hopper.scan import scan
 from pallas_kernels._hopper.tiles import CHUNK, TILE
 
 MOST_PIECES = 8  # of a row
-LEAST = -60.0  # log decay, after which nothing is left; of minus infinity there are no differences
-SMALLEST = 1e-15  # of beta, by whose square the backward pass divides
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -86,16 +85,9 @@ def backward(scale, kept, cotangents):
         given = beta, prepared, left, arguments[5], d_final, scale
         d_q, d_k, d_v, d_g, d_beta, d_state = of_delta(*row, *given)
 
-    def over_shared(x):
-        """The sum over the value heads that share a query and key head."""
-        x = x[:, :tokens]
-        if x.shape[2] == heads:
-            return x
-        x = x.reshape(*x.shape[:2], heads, -1, x.shape[3])
-        return jnp.sum(x, axis=3, dtype=jnp.float32).astype(x.dtype)
-
     d_g, d_beta = (None if x is None else jnp.swapaxes(x, 1, 2)[:, :tokens] for x in (d_g, d_beta))
-    return over_shared(d_q), over_shared(d_k), d_v[:, :tokens], d_g, d_beta, d_state, None
+    d_q, d_k = (over_shared(x[:, :tokens], heads) for x in (d_q, d_k))
+    return d_q, d_k, d_v[:, :tokens], d_g, d_beta, d_state, None
 
 
 def of_linear(q, k, v, d_out, documents, prepared, state, d_final, scale, decays):
@@ -182,33 +174,3 @@ def starts(added, gates, state, backwards=False):
     if backwards:
         before.reverse()
     return jnp.stack(before, axis=1).reshape(-1, *state.shape[1:])
-
-
-def warpgroups(features: int, heads: int) -> int:
-    """Tiles of value features a processor takes: two where that leaves none without work.
-
-    heads: of all rows together.
-    """
-    return 2 if features % (2 * TILE) == 0 and heads >= 64 else 1
-
-
-def padded(x, length: int):
-    """`x` [B, T, ...] with zeros up to `length` tokens."""
-    missing = length - x.shape[1]
-    return x if not missing else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-
-
-def arranged(q, k, v, g, beta, initial_state, documents):
-    """Whole pairs of chunks; gates as [B, N, T]; transposed states; a beta to divide by."""
-    length = -(-q.shape[1] // (PAIR * CHUNK)) * PAIR * CHUNK
-    if documents is not None:
-        documents = jnp.pad(documents, ((0, 0), (0, length - documents.shape[1])), mode="edge")
-    q, k, v = (padded(x, length) for x in (q, k, v))
-    if g is None:
-        g = jnp.zeros((v.shape[0], v.shape[2], length), jnp.float32)
-    else:
-        g = jnp.swapaxes(padded(jnp.maximum(g, LEAST), length), 1, 2)
-    if beta is not None:
-        beta = jnp.swapaxes(padded(beta, length), 1, 2)
-        beta = jnp.where(jnp.abs(beta) < SMALLEST, SMALLEST, beta)
-    return q, k, v, g, beta, jnp.swapaxes(initial_state, 2, 3), documents

@@ -12,7 +12,6 @@ CONDITIONS = (
         "a Hopper GPU",
         lambda f: f.target.compute_capability and 9 <= f.target.compute_capability < 10,
     ),
-    Condition("no decay, or one a head", lambda f: f.decay != "vector"),
     Condition("64 or 128 key features", lambda f: f.K in (64, 128)),
     Condition("64 or 128 value features", lambda f: f.V in (64, 128)),
 )

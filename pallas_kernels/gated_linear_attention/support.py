@@ -40,7 +40,10 @@ TABLE = (
         "pallas_kernels.gated_linear_attention.mosaic_gpu:gated_linear_attention",
         platforms=("gpu",),
         dtypes=("bfloat16",),
-        conditions=hopper.CONDITIONS,
+        conditions=(
+            *hopper.CONDITIONS,
+            Condition("no decay, or one a head", lambda f: f.decay != "vector"),
+        ),
         advice=(MANY_TOKENS,),
     ),
     Implementation(

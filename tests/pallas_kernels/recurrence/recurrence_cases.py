@@ -117,8 +117,27 @@ HOPPER_CASES = {
         B=4, T=150, H=4, N=16, K=128, V=128, initial_state=True, dtype="bfloat16"
     ),
     "ten_chunks": Case(B=8, T=630, H=3, N=9, K=128, V=128, initial_state=True, dtype="bfloat16"),
+    "one_token_vector": Case(
+        B=8, T=1, K=64, V=64, decay="vector", initial_state=True, dtype="bfloat16"
+    ),
+    "packed_vector": Case(
+        T=197, H=1, N=3, K=64, V=128, decay="vector", initial_state=True, dtype="bfloat16",
+        segments=lengths((0, 5), (1, 90), (0, 10), (2, 7), (3, 70), (0, 15)),
+    ),
+    "forgets_at_once_vector": Case(
+        T=197, K=128, V=64, decay="vector", log_decay=-20.0, dtype="bfloat16"
+    ),
+    "ten_chunks_vector": Case(
+        B=4, T=630, H=8, N=16, K=128, V=128, decay="vector", initial_state=True, dtype="bfloat16"
+    ),
 }  # fmt: skip
 HOPPER_OPS = ("gated_delta_rule", "gated_linear_attention")
+HOPPER_RUNS = [
+    (op, name)
+    for op in HOPPER_OPS
+    for name, case in HOPPER_CASES.items()
+    if op == "gated_delta_rule" or case.decay != "vector"
+]
 
 
 def hopper_arguments(op: str, name: str) -> dict:

@@ -32,8 +32,11 @@ def shapes(heads=2, value_heads=2, features=128, values=128, dtype=jnp.bfloat16,
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", ["packed", "two_tiles_a_processor"])
-@pytest.mark.parametrize("op", HOPPER_OPS)
+@pytest.mark.parametrize(
+    "op, name",
+    [(op, name) for op in HOPPER_OPS for name in ("packed", "two_tiles_a_processor")]
+    + [("gated_delta_rule", "packed_vector"), ("gated_delta_rule", "ten_chunks_vector")],
+)
 def test_forward_and_backward_lower(op, name):
     def loss(arguments, segments):
         o, state = getattr(pallas_kernels, op)(
@@ -48,9 +51,10 @@ def test_forward_and_backward_lower(op, name):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     # Forward: prepare and scan; backward: reverse and two passes of the delta rule, or of linear
     # attention a pass for each of d_q, d_k and d_v. Of linear attention where rows run in pieces,
-    # one more pass forward and backward.
+    # one more pass forward and backward. A decay a key feature goes backward in XLA.
     pieces = (op, name) == ("gated_linear_attention", "packed")
-    assert text.count("custom_call @mosaic_gpu") == 5 + 2 * pieces
+    kernels = 2 if name.endswith("vector") else 5 + 2 * pieces
+    assert text.count("custom_call @mosaic_gpu") == kernels
 
 
 @needs_mosaic
@@ -67,5 +71,6 @@ def test_hopper_takes_them_by_itself_and_says_why_not():
         assert full.name == "xla" and "bfloat16" in full.passed_over["mosaic_gpu"]
         q, k, v, _, beta = shapes()
         vector = jax.ShapeDtypeStruct(v.shape, jnp.float32)
+        assert explain_delta(q, k, v, vector, beta).name == "mosaic_gpu"
         with pytest.raises(ValueError, match="no decay, or one a head; can run here: xla, ref"):
-            explain_delta(q, k, v, vector, beta, implementation="mosaic_gpu")
+            explain_linear(q, k, v, vector, implementation="mosaic_gpu")

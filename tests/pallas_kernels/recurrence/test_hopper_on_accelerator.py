@@ -4,7 +4,7 @@ import functools
 
 import jax
 import pytest
-from recurrence_cases import HOPPER_CASES, HOPPER_OPS, errors, hopper_arguments
+from recurrence_cases import HOPPER_CASES, HOPPER_OPS, HOPPER_RUNS, errors, hopper_arguments
 
 import pallas_kernels
 
@@ -26,8 +26,7 @@ def worst_error(op: str, name: str, implementation: str) -> float:
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize("name", HOPPER_CASES)
-@pytest.mark.parametrize("op", HOPPER_OPS)
+@pytest.mark.parametrize("op, name", HOPPER_RUNS)
 def test_kernels_are_the_recurrence(op, name):
     if not getattr(jax.devices()[0], "compute_capability", "").startswith("9."):
         pytest.skip("needs a Hopper GPU")

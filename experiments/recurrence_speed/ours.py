@@ -14,7 +14,7 @@ from experiments.recurrence_speed import shapes
 from pallas_kernels import gated_delta_rule, gated_linear_attention
 from pallas_kernels._core import testing, timing
 
-COMPARED_OPS = ("gated_delta_rule", "scalar_decay")
+COMPARED_OPS = ("gated_delta_rule", "scalar_decay", "kda")
 COMPARED = 4096  # tokens up to which the reference, token by token, takes seconds
 
 
@@ -30,14 +30,14 @@ def main() -> None:
                     print(json.dumps({"shape": shape.name, "op": op} | row), flush=True)
 
 
-def inputs(shape):
+def inputs(shape, op="gated_delta_rule"):
     """q, k, v in bf16, fp32 g and beta, and a cotangent."""
     B, T, H, N, D = shape.sizes
     keys = jax.random.split(jax.random.key(0), 6)
     q, k = (jax.random.normal(key, (B, T, H, D)) for key in keys[:2])
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     v, cotangent = (jax.random.normal(key, (B, T, N, D)) for key in keys[2:4])
-    g = jax.nn.log_sigmoid(jax.random.normal(keys[4], (B, T, N)))
+    g = jax.nn.log_sigmoid(jax.random.normal(keys[4], (B, T, N, D) if op == "kda" else (B, T, N)))
     beta = jax.random.uniform(keys[5], (B, T, N))
     q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in (q, k, v, cotangent))
     return (q, k, v, g, beta), cotangent
@@ -45,8 +45,8 @@ def inputs(shape):
 
 def functions(op, implementation="auto"):
     """The op as a function of those of (q, k, v, g, beta) that it has, and their places."""
-    if op in ("gated_delta_rule", "delta_rule"):
-        places = (0, 1, 2, 3, 4) if op == "gated_delta_rule" else (0, 1, 2, 4)
+    if op in ("gated_delta_rule", "delta_rule", "kda"):
+        places = (0, 1, 2, 4) if op == "delta_rule" else (0, 1, 2, 3, 4)
 
         def run(q, k, v, *gates):
             g = gates[0] if len(gates) == 2 else None
@@ -63,7 +63,7 @@ def functions(op, implementation="auto"):
 
 def measure(shape, op):
     """Rows of both passes."""
-    arguments, cotangent = inputs(shape)
+    arguments, cotangent = inputs(shape, op)
     run, places = functions(op)
     arguments = tuple(arguments[place] for place in places)
 

@@ -36,11 +36,11 @@ def measure(shape, op):
 
     q, k = (F.normalize(normal(B, T, H, D), dim=-1) for _ in range(2))
     v = normal(B, T, N, D)
-    g = F.logsigmoid(torch.randn(B, T, N, device="cuda"))
+    g = F.logsigmoid(torch.randn(B, T, N, *[D] * (op == "kda"), device="cuda"))
     beta = torch.rand(B, T, N, device="cuda", dtype=torch.bfloat16)
     arguments = {
         "gated_delta_rule": (q, k, v, g, beta), "scalar_decay": (q, k, v, g), "plain": (q, k, v),
-        "delta_rule": (q, k, v, beta),
+        "delta_rule": (q, k, v, beta), "kda": (q, k, v, g, beta),
     }[op]  # fmt: skip
     run = function(op)
     try:
@@ -71,6 +71,8 @@ def function(op):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as run
     elif op == "scalar_decay":
         from fla.ops.simple_gla import chunk_simple_gla as run
+    elif op == "kda":
+        from fla.ops.kda import chunk_kda as run
     elif op == "delta_rule":
         from fla.ops.delta_rule import chunk_delta_rule as run
     else:

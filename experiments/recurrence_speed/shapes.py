@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-OPS = ("gated_delta_rule", "scalar_decay", "plain", "delta_rule")
+# kda: the gated delta rule with a decay of each key feature.
+OPS = ("gated_delta_rule", "scalar_decay", "plain", "delta_rule", "kda")
 
 
 class Shape(NamedTuple):
@@ -16,7 +17,7 @@ class Shape(NamedTuple):
 
 SHAPES = (
     Shape("B8_T4096", (8, 4096, 16, 16, 128)),
-    Shape("B1_T32768", (1, 32768, 16, 16, 128), OPS[:3], ("forward",)),
+    Shape("B1_T32768", (1, 32768, 16, 16, 128), (*OPS[:3], "kda"), ("forward",)),
     Shape("qwen3_5_8k", (1, 8192, 16, 32, 128), OPS[:1]),
     Shape("qwen3_5_32k", (1, 32768, 16, 32, 128), OPS[:1]),
 )

@@ -1,4 +1,4 @@
-"""Linear attention with a decay and the gated delta rule on Hopper, forward and backward."""
+"""Linear attention and the delta rule with a decay a head on Hopper, forward and backward."""
 
 import functools
 

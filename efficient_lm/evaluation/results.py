@@ -1,11 +1,11 @@
 """Rows of an experiment, kept as JSON while it runs."""
 
+import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,20 +52,17 @@ def attempt(row: Row, measure: Callable[[], Row]) -> Row:
         return row | {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def allow_threads() -> None:
-    """Call this before JAX has looked for devices where `attempt_all` is to run several jobs.
+def attempt_prepared(
+    jobs: Iterable[tuple[Row, Callable[[], Callable[[], Row]]]], at_once: int
+) -> Iterator[Row]:
+    """The rows of jobs (row, prepare), whose `prepare()` compiles and gives what measures.
 
-    A CUDA graph cannot be recorded while another thread compiles or loads a program: both fail.
+    `at_once` of them compile together, in threads, then each is measured by itself: beside others
+    times mean nothing, and a GPU can fail at what it runs while another program is loaded.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
-
-
-def attempt_all(jobs: Iterable[tuple[Row, Callable[[], Row]]], at_once: int) -> Iterator[Row]:
-    """The rows of `attempt` as they end; `at_once` jobs run at the same time, in threads.
-
-    On a GPU more than one need `allow_threads`.
-    """
+    jobs = iter(jobs)
     with ThreadPoolExecutor(at_once) as pool:
-        for job in as_completed([pool.submit(attempt, *job) for job in jobs]):
-            yield job.result()
+        while wave := [(row, pool.submit(make)) for row, make in itertools.islice(jobs, at_once)]:
+            wait(job for _, job in wave)
+            for row, job in wave:
+                yield attempt(row, lambda job=job: job.result()())

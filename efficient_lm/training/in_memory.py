@@ -13,7 +13,7 @@ from efficient_lm.config import Config, ModelConfig
 from efficient_lm.data.pipeline import make_evaluation_batches, make_train_iterator
 from efficient_lm.data.tokenizers import make_tokenizer
 from efficient_lm.evaluation.perplexity import evaluate_batches
-from efficient_lm.model.definition import define
+from efficient_lm.model.definition import define, initialize
 from efficient_lm.parallel.mesh import make_mesh
 from efficient_lm.training.optimizer import make_optimizer
 from efficient_lm.training.state import make_initializer
@@ -53,8 +53,8 @@ def load_batches(config: Config) -> tuple[list[Batch], list[Batch]]:
     return train, list(make_evaluation_batches(config.data, tokenizer, limit=limit))
 
 
-def train_in_memory(config: Config, batches: Sequence[Batch]) -> Trained:
-    """Train on these batches, one a step, and keep the last parameters."""
+def prepare_training(config: Config, batches: Sequence[Batch]) -> Callable[[], Trained]:
+    """Compile a training on these batches, one a step; the function that does it."""
     # So that the sums of each step are its own.
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, log_every=1))
     mesh = make_mesh(config.parallel, jax.devices()[:1])
@@ -62,24 +62,47 @@ def train_in_memory(config: Config, batches: Sequence[Batch]) -> Trained:
     optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
     lengths = np.asarray(make_tokenizer(config.data).byte_lengths)
     step = make_train_step(config, definition, optimizer, mesh, lengths)
-    state = jax.jit(make_initializer(config, definition, optimizer))()
+    initial = make_initializer(config, definition, optimizer)
+    begin = jax.jit(initial).lower().compile()
     advance = jax.jit(lambda state, stacked: jax.lax.scan(step, state, stacked), donate_argnums=0)
-    losses, seconds = [], []
-    for start in range(0, len(batches), STEPS_AT_ONCE):
+
+    def stack(start: int) -> Batch:
         some = batches[start : start + STEPS_AT_ONCE]
-        stacked = {name: np.stack([batch[name] for batch in some]) for name in some[0]}
-        began = time.perf_counter()
-        state, metrics = advance(state, stacked)
-        found = jax.device_get(metrics)
-        seconds.append((time.perf_counter() - began) / len(some))
-        losses += (found["loss_sum"] / found["weight_sum"]).tolist()
-    return Trained(state.parameters, losses, min(seconds))
+        return {name: np.stack([batch[name] for batch in some]) for name in some[0]}
+
+    starts = range(0, len(batches), STEPS_AT_ONCE)
+    programs = {}  # by the number of steps, of which the last call may have fewer
+    for start in {starts[0], starts[-1]}:
+        stacked = stack(start)
+        lowered = advance.lower(jax.eval_shape(initial), stacked)
+        programs[len(next(iter(stacked.values())))] = lowered.compile()
+
+    def train() -> Trained:
+        state, losses, seconds = begin(), [], []
+        for stacked in map(stack, starts):
+            steps = len(next(iter(stacked.values())))
+            began = time.perf_counter()
+            state, metrics = programs[steps](state, stacked)
+            found = jax.device_get(metrics)
+            seconds.append((time.perf_counter() - began) / steps)
+            losses += (found["loss_sum"] / found["weight_sum"]).tolist()
+        return Trained(state.parameters, losses, min(seconds))
+
+    return train
 
 
-def make_evaluator(config: Config) -> Callable[[Any, Iterable[Batch]], dict[str, Any]]:
-    """evaluate(parameters, batches) -> loss, bits_per_byte and accuracy, as `evaluate_batches` has
-    them, of a model of `config`; compiled once for batches of one shape."""
+def prepare_evaluator(
+    config: Config, batch: Batch
+) -> Callable[[Any, Iterable[Batch]], dict[str, Any]]:
+    """Compile the scoring of a model of `config` on batches like this one.
+
+    Gives evaluate(parameters, batches) -> loss, bits_per_byte and accuracy, as `evaluate_batches`
+    has them.
+    """
     mesh = make_mesh(config.parallel, jax.devices()[:1])
+    definition = define(config.model)
     lengths = np.asarray(make_tokenizer(config.data).byte_lengths)
-    step = jax.jit(make_evaluation_step(config, define(config.model), mesh, lengths))
-    return lambda parameters, batches: evaluate_batches(lambda b: step(parameters, b), batches)
+    step = jax.jit(make_evaluation_step(config, definition, mesh, lengths))
+    parameters = jax.eval_shape(lambda: initialize(definition, jax.random.key(0)))
+    program = step.lower(parameters, batch).compile()
+    return lambda parameters, batches: evaluate_batches(lambda b: program(parameters, b), batches)

@@ -1,16 +1,16 @@
 """Tokens/s of a whole training step (forward, backward, optimizer) by context, mixer by mixer."""
 
 import itertools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import shapes
 
 from efficient_lm.config import Config
-from efficient_lm.evaluation.results import attempt
+from efficient_lm.evaluation.results import attempt_prepared
 from efficient_lm.training.step_time import compile_step, time_step
 
 
@@ -40,26 +40,25 @@ def rows(
     shape: shapes.Shape, lengths: list[int], mixers: list[str], steps: int, attention: str,
     workers: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """A row for each length and mixer; `workers` steps compile at a time, then those are timed.
+    """A row for each length and mixer; `workers` steps compile at a time.
 
     shape: `rows` of `length` tokens; rows are made fewer for longer ones.
     """
     tokens = shape.rows * shape.length
 
-    def start(length, mixer):
+    def prepare(length, mixer) -> Callable[[], dict[str, Any]]:
         made = replace(shape, length=length, rows=max(1, tokens // length))
-        return compile_step(make_config(made, mixer, attention), jax.devices()[:1])
+        compiled = compile_step(make_config(made, mixer, attention), jax.devices()[:1])
 
-    def measure(job) -> dict[str, Any]:
-        compiled = job.result()
-        times = time_step(compiled, 1, steps)
-        rate = compiled.batch["tokens"].size / times["step_seconds"]
-        return times | {"steps": steps, "tokens_per_second": rate}
+        def measure() -> dict[str, Any]:
+            times = time_step(compiled, 1, steps)
+            rate = compiled.batch["tokens"].size / times["step_seconds"]
+            return times | {"steps": steps, "tokens_per_second": rate}
 
-    plan = list(itertools.product(lengths, mixers))
-    for wave in (plan[i : i + workers] for i in range(0, len(plan), workers)):
-        with ThreadPoolExecutor(workers) as pool:  # at whose end nothing else runs
-            jobs = [(entry, pool.submit(start, *entry)) for entry in wave]
-        for (length, mixer), job in jobs:
-            row = {"what": "speed", "mixer": mixer, "length": length}
-            yield attempt(row, lambda job=job: measure(job))
+        return measure
+
+    jobs = [
+        ({"what": "speed", "mixer": mixer, "length": length}, partial(prepare, length, mixer))
+        for length, mixer in itertools.product(lengths, mixers)
+    ]
+    return attempt_prepared(jobs, workers)

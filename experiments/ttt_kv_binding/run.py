@@ -6,36 +6,50 @@
 import argparse
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import speed
 from models import METHODS, QUALITY, SPEED, Run, make_config
 
-from efficient_lm.evaluation.results import Results, allow_threads, attempt_all
+from efficient_lm.evaluation.results import Results, attempt_prepared
 from efficient_lm.model.definition import define
-from efficient_lm.training.in_memory import load_batches, make_evaluator, train_in_memory
+from efficient_lm.training.in_memory import load_batches, prepare_evaluator, prepare_training
 
 
-def trained(run: Run, method: str, seed: int, batches: tuple[list, list]) -> dict:
-    """Train and score one model; the baseline also with more inner steps than in training."""
-    began = time.perf_counter()
+def prepare(
+    run: Run, method: str, seed: int, batches: tuple[list, list]
+) -> Callable[[], dict[str, Any]]:
+    """Compile one model; the function that trains and scores it.
+
+    It scores the baseline also with more inner steps than in training.
+    """
     config = make_config(method, run, seed)
-    done = train_in_memory(config, batches[0])
-    bits = {}
+    train = prepare_training(config, batches[0])
+    evaluators = {}
     for inner_steps in run.inner_steps if method == "baseline" else (1,):
         same = config if inner_steps == 1 else make_config(method, run, seed, inner_steps)
-        score = make_evaluator(same)(done.parameters, batches[1])
-        bits[str(inner_steps)] = round(score["bits_per_byte"], 4)
-    row = {
-        "bits_per_byte": bits["1"],
-        "parameters": define(config.model).count(),
-        "milliseconds_a_step": round(1e3 * done.seconds_a_step, 2),
-        "seconds": round(time.perf_counter() - began, 1),
-        "losses": [round(x, 4) for x in done.losses[:: max(1, run.steps // 50)]],
-    }  # fmt: skip
-    return row | ({"bits_per_byte_by_inner_steps": bits} if len(bits) > 1 else {})
+        evaluators[str(inner_steps)] = prepare_evaluator(same, batches[1][0])
+
+    def row() -> dict[str, Any]:
+        began, done = time.perf_counter(), train()
+        bits = {
+            inner_steps: round(evaluate(done.parameters, batches[1])["bits_per_byte"], 4)
+            for inner_steps, evaluate in evaluators.items()
+        }
+        found = {
+            "bits_per_byte": bits["1"],
+            "parameters": define(config.model).count(),
+            "milliseconds_a_step": round(1e3 * done.seconds_a_step, 2),
+            "seconds": round(time.perf_counter() - began, 1),
+            "losses": [round(x, 4) for x in done.losses[:: max(1, run.steps // 50)]],
+        }
+        return found | ({"bits_per_byte_by_inner_steps": bits} if len(bits) > 1 else {})
+
+    return row
 
 
 def main() -> None:
@@ -50,16 +64,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the arm")
     parser.add_argument(
         "--at_once", type=int, default=1,
-        help="models trained, or programs compiled, at the same time",
+        help="programs compiled at the same time; they run one after the other",
     )  # fmt: skip
     given = parser.parse_args()
-    if given.at_once > 1 and "quality" in given.parts:
-        if "speed" in given.parts:
-            parser.error(
-                "--at_once with quality turns CUDA graphs off, which slows what speed measures; "
-                "run --parts=quality and --parts=speed apart"
-            )
-        allow_threads()
     run, layer = QUALITY[given.arm], SPEED[given.arm]
     changes = {"steps": given.steps, "seeds": given.seeds}
     run = replace(run, **{name: value for name, value in changes.items() if value})
@@ -72,10 +79,10 @@ def main() -> None:
             batches = load_batches(make_config("window_only", run))
             jobs = [
                 ({"part": "quality", "method": method, "seed": seed},
-                 partial(trained, run, method, seed, batches))
+                 partial(prepare, run, method, seed, batches))
                 for seed, method in itertools.product(run.seeds, given.methods)
             ]  # fmt: skip
-            rows = attempt_all(jobs, given.at_once)
+            rows = attempt_prepared(jobs, given.at_once)
         for row in rows:
             results.add(row)
 

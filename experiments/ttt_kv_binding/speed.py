@@ -1,14 +1,13 @@
 """Tokens/s of the fast weights alone, one chunk after the other and all at once."""
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from models import Layer
 
-from efficient_lm.evaluation.results import attempt
+from efficient_lm.evaluation.results import attempt_prepared
 from efficient_lm.mixers import fast_weights
 from efficient_lm.mixers.fast_weight_rows import read_rows
 from efficient_lm.mixers.fast_weights import Chunk, Rule
@@ -19,21 +18,18 @@ from pallas_kernels._core.timing import measure
 def rows(size: Layer, repeats: int, at_once: int) -> Iterator[dict]:
     """A row for each step of the ladder, form, and direction: the best of `repeats` times.
 
-    `at_once` programs compile at the same time; they are timed one after the other, behind all.
+    `at_once` programs compile at the same time.
     """
     jobs = []
-    with ThreadPoolExecutor(at_once) as pool:
-        for step in LADDER:
-            rule = Rule(**ladder(step))
-            arguments = draw(rule, size)
-            for form in ("sequential", "parallel") if rule.is_linear else ("sequential",):
-                for what in ("forward", "forward and backward"):
-                    function = partial(read if what == "forward" else gradient, rule, form, size)
-                    job = pool.submit(compiled, function, arguments)
-                    row = {"part": "speed", "method": step, "form": form, "what": what}
-                    jobs.append((row, job, arguments))
-    for row, job, arguments in jobs:
-        yield attempt(row, partial(timed, job, arguments, size, repeats))
+    for step in LADDER:
+        rule = Rule(**ladder(step))
+        arguments = draw(rule, size)
+        for form in ("sequential", "parallel") if rule.is_linear else ("sequential",):
+            for what in ("forward", "forward and backward"):
+                function = partial(read if what == "forward" else gradient, rule, form, size)
+                row = {"part": "speed", "method": step, "form": form, "what": what}
+                jobs.append((row, partial(prepare, function, arguments, size, repeats)))
+    return attempt_prepared(jobs, at_once)
 
 
 def read(rule: Rule, form: str, size: Layer, initial, query, chunk):
@@ -48,18 +44,18 @@ def gradient(rule: Rule, form: str, size: Layer, *arrays):
     return jax.grad(total, argnums=(0, 1, 2))(*arrays)
 
 
-def compiled(function, arguments):
-    """The function, compiled for these arguments."""
-    return jax.jit(function).lower(*arguments).compile()
+def prepare(function, arguments: tuple, size: Layer, repeats: int) -> Callable[[], dict]:
+    """Compile the function for these arguments; what times it."""
+    program = jax.jit(function).lower(*arguments).compile()
 
+    def timed() -> dict:
+        timing = measure(program, *arguments, repeats=repeats)
+        return {
+            "milliseconds": round(timing.minimum, 3),
+            "tokens_per_second": round(1e3 * size.B * size.T / timing.minimum),
+        }
 
-def timed(job: Future, arguments: tuple, size: Layer, repeats: int) -> dict:
-    """Time of the compiled function that `job` gives."""
-    timing = measure(job.result(), *arguments, repeats=repeats)
-    return {
-        "milliseconds": round(timing.minimum, 3),
-        "tokens_per_second": round(1e3 * size.B * size.T / timing.minimum),
-    }
+    return timed
 
 
 def draw(rule: Rule, size: Layer):

@@ -6,17 +6,19 @@
 import argparse
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from models import ARMS, METHODS, Run, make_config
 
-from efficient_lm.evaluation.results import Results, allow_threads, attempt_all
+from efficient_lm.evaluation.results import Results, attempt_prepared
 from efficient_lm.inference.speed import state_bytes
 from efficient_lm.model.definition import define
-from efficient_lm.training.in_memory import load_batches, make_evaluator, train_in_memory
+from efficient_lm.training.in_memory import load_batches, prepare_evaluator, prepare_training
 
 
 def load(run: Run) -> tuple[list, dict]:
@@ -32,26 +34,31 @@ def load(run: Run) -> tuple[list, dict]:
     return train, {pairs: valid for pairs, (_, valid) in parts.items()}
 
 
-def trained(run: Run, method: str, seed: int, batches: tuple[list, dict]) -> dict:
-    """Train and score one model."""
-    began = time.perf_counter()
+def prepare(
+    run: Run, method: str, seed: int, batches: tuple[list, dict]
+) -> Callable[[], dict[str, Any]]:
+    """Compile one model; the function that trains and scores it."""
     config = make_config(method, run, seed)
-    done = train_in_memory(config, batches[0])
-    evaluate = make_evaluator(config)
-    scores = {pairs: evaluate(done.parameters, valid) for pairs, valid in batches[1].items()}
-    if run.pairs:
-        result = {"accuracy": {str(pairs): round(s["accuracy"], 4) for pairs, s in scores.items()}}
-    else:
-        result = {"bits_per_byte": round(scores[None]["bits_per_byte"], 4),
-                  "loss": round(scores[None]["loss"], 4)}  # fmt: skip
-    return {
-        **result,
-        "parameters": define(config.model).count(),
-        "state_bytes": state_bytes(config.model, run.length),
-        "milliseconds_a_step": round(1e3 * done.seconds_a_step, 2),
-        "seconds": round(time.perf_counter() - began, 1),
-        "losses": [round(x, 4) for x in done.losses[:: max(1, run.steps // 50)]],
-    }  # fmt: skip
+    train = prepare_training(config, batches[0])
+    evaluate = prepare_evaluator(config, next(iter(batches[1].values()))[0])
+
+    def row() -> dict[str, Any]:
+        began, done = time.perf_counter(), train()
+        scores = {pairs: evaluate(done.parameters, valid) for pairs, valid in batches[1].items()}
+        if run.pairs:
+            accuracy = {str(pairs): round(s["accuracy"], 4) for pairs, s in scores.items()}
+            result = {"accuracy": accuracy}
+        else:
+            result = {name: round(scores[None][name], 4) for name in ("bits_per_byte", "loss")}
+        return result | {
+            "parameters": define(config.model).count(),
+            "state_bytes": state_bytes(config.model, run.length),
+            "milliseconds_a_step": round(1e3 * done.seconds_a_step, 2),
+            "seconds": round(time.perf_counter() - began, 1),
+            "losses": [round(x, 4) for x in done.losses[:: max(1, run.steps // 50)]],
+        }
+
+    return row
 
 
 def main() -> None:
@@ -66,11 +73,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: those of the arm")
     parser.add_argument(
         "--at_once", type=int, default=1,
-        help="models trained at the same time, so that compilations overlap",
+        help="models compiled at the same time; they train one after the other",
     )  # fmt: skip
     given = parser.parse_args()
-    if given.at_once > 1:
-        allow_threads()
     runs = {
         part: replace(run, steps=given.steps or run.steps)
         for part, run in ARMS[given.arm].items()
@@ -82,10 +87,10 @@ def main() -> None:
         batches = load(run)
         jobs = [
             ({"part": part, "method": method, "seed": seed},
-             partial(trained, run, method, seed, batches))
+             partial(prepare, run, method, seed, batches))
             for seed, method in itertools.product(run.seeds, given.methods)
         ]  # fmt: skip
-        for row in attempt_all(jobs, given.at_once):
+        for row in attempt_prepared(jobs, given.at_once):
             results.add(row)
 
 

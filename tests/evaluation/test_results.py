@@ -1,10 +1,11 @@
 """Results are kept as they come, and a failure costs one row."""
 
+import functools
 import json
 import sys
 import threading
 
-from efficient_lm.evaluation.results import Results, attempt, attempt_all
+from efficient_lm.evaluation.results import Results, attempt, attempt_prepared
 
 
 def fails():
@@ -31,13 +32,24 @@ def test_a_failure_is_a_row_in_one_short_line():
     assert len(row["error"]) <= 300
 
 
-def test_jobs_run_at_the_same_time_and_one_that_fails_stops_no_other():
-    meet = threading.Barrier(2, timeout=60)
+def test_jobs_prepare_together_run_alone_and_one_that_fails_stops_no_other():
+    meet, events = threading.Barrier(2, timeout=60), []
 
-    def waits():
-        meet.wait()  # for ever, were one job to run after the other
-        return {"done": True}
+    def prepare(name):
+        meet.wait()  # for ever, were one job to prepare after the other
+        events.append("prepared")
 
-    jobs = [({"job": "bad"}, fails), ({"job": 1}, waits), ({"job": 2}, waits)]
-    rows = {row["job"]: row for row in attempt_all(jobs, 2)}
-    assert rows[1]["done"] and rows[2]["done"] and "error" in rows["bad"]
+        def measure():
+            events.append(name)
+            if name == 2:
+                fails()
+            return {"done": True}
+
+        return measure
+
+    jobs = [({"job": name}, functools.partial(prepare, name)) for name in range(4)]
+    jobs += [({"job": 4}, fails)]
+    rows = list(attempt_prepared(jobs, 2))
+    assert events == ["prepared", "prepared", 0, 1, "prepared", "prepared", 2, 3]
+    assert ["error" in row for row in rows] == [False, False, True, False, True]
+    assert [row["job"] for row in rows] == list(range(5))

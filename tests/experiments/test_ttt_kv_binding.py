@@ -22,10 +22,3 @@ def test_parts_give_rows(tmp_path):
     assert all(row["tokens_per_second"] > 0 for row in timed)
     assert set(trained["bits_per_byte_by_inner_steps"]) == {"1", "2"}
     assert 5 < trained["bits_per_byte"] < 9
-
-
-def test_speed_is_not_measured_beside_threads(tmp_path):
-    command = [sys.executable, str(RUN), "--arm=smoke", "--at_once=2", f"--out={tmp_path}/x.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--parts=quality and --parts=speed apart" in done.stderr.splitlines()[-1]

@@ -23,9 +23,9 @@ def test_a_run_learns_and_calls_of_any_number_of_steps_give_it(run_config, tmp_p
     )
     train, valid = in_memory.load_batches(config)
     assert len(train) == 4 and len(valid) == 2
-    first = in_memory.train_in_memory(config, train)
-    monkeypatch.setattr(in_memory, "STEPS_AT_ONCE", 2)
-    second = in_memory.train_in_memory(config, train)
+    first = in_memory.prepare_training(config, train)()
+    monkeypatch.setattr(in_memory, "STEPS_AT_ONCE", 3)  # and then the one that is left
+    second = in_memory.prepare_training(config, train)()
     assert len(first.losses) == 4 and first.losses[-1] < first.losses[0]
     np.testing.assert_allclose(second.losses, first.losses, rtol=1e-5)
     jax.tree.map(
@@ -33,5 +33,5 @@ def test_a_run_learns_and_calls_of_any_number_of_steps_give_it(run_config, tmp_p
         first.parameters,
         second.parameters,
     )
-    score = in_memory.make_evaluator(config)(first.parameters, valid)
+    score = in_memory.prepare_evaluator(config, valid[0])(first.parameters, valid)
     assert abs(score["loss"] - first.losses[-1]) < 0.5 and score["bits_per_byte"] < 9

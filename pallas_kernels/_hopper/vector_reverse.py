@@ -1,4 +1,4 @@
-"""`reverse` with a decay of each key feature, which also leaves the gradients of all states.
+"""`reverse` with a decay a key feature, which also leaves the gradients of all states.
 
 As in `reverse`, a warpgroup owns 64 value features and keeps the transposed gradient in registers.
 """
@@ -15,15 +15,14 @@ from pallas_kernels._hopper.tiles import CHUNK, MATRIX, SQUARE, TILE, across, ti
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "warpgroups"))
-def reverse(read, predict, write, keep, d_out, scores, inverse, d_final, *, scale, warpgroups):
+def reverse(prepared, d_out, d_final, *, scale, warpgroups):
     """(d_v, d_states, d_initial) from the gradients of the output and of the final state.
 
-    read, predict, write [B, T, N, K], keep fp32 [B, N, T/64, K], scores and inverse from `prepare`;
-    d_out, d_v [B, T, N, V]; d_final, d_initial fp32 [B, N, V, K], transposed; d_states
-    [B, N, T/64, V, K] of the state after each chunk, in the dtype of `read`.
+    prepared: of `vector_prepare`; d_out, d_v [B, T, N, V]; d_final, d_initial fp32 [B, N, V, K],
+    transposed; d_states [B, N, T/64, V, K] of the state after each chunk, in the dtype of d_out.
     """
-    B, T, N, K = read.shape
-    V, dtype = d_out.shape[3], read.dtype
+    B, T, N, V = d_out.shape
+    K, dtype = d_final.shape[3], d_out.dtype
     frame = Frame(B, N, N, V, T // CHUNK, warpgroups)
 
     def kernel(
@@ -74,7 +73,7 @@ def reverse(read, predict, write, keep, d_out, scores, inverse, d_final, *, scal
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(d_v_s.at[me], d_v_ref.at[batch, tokens, n, features])
 
-                return pl.run_state(update)(plgpu.ACC.init(d_state * across(keep_s.at[slot])))
+                return pl.run_state(update)(plgpu.ACC.init(d_state * across(keep_s.at[slot], TILE)))
 
             frame.walk(fetch, step, d_final_ref, d_initial_ref, full, empty, backwards=True)
 
@@ -101,6 +100,7 @@ def reverse(read, predict, write, keep, d_out, scores, inverse, d_final, *, scal
         jax.ShapeDtypeStruct((B, T, N, V), dtype),
         jax.ShapeDtypeStruct((B, N, T // CHUNK, V, K), dtype),
     ]
-    operands = read, predict, write, keep, d_out, scores, inverse, d_final
+    p = prepared
+    operands = p.read, p.predict, p.write, p.keep, d_out, p.scores, p.inverse, d_final
     d_initial, d_v, d_states = frame.launch(kernel, out)(*operands)
     return d_v, d_states, d_initial

@@ -78,3 +78,68 @@ def scan(prepared, v, state, *, scale, gives, warpgroups):
     if gives == "out":
         return by_token(o, dtype), None, None, last
     return None, by_token(values, dtype), jnp.moveaxis(states, 0, 2).astype(dtype), last
+
+
+def reverse(prepared, d_out, d_final, *, scale, warpgroups):
+    dtype, N = d_out.dtype, d_out.shape[2]
+
+    def step(d_state, chunk):
+        read, predict, write, d_out, keep, scores, inverse = chunk
+        low = rounded(d_state, dtype)
+        written = product("bnvk,bnjk->bnjv", low, write)
+        written = written + product("bnij,bniv->bnjv", scores, d_out)
+        d_v = product("bnij,bniv->bnjv", inverse, rounded(written, dtype))
+        new = keep[:, :, None] * d_state
+        new = new + product("bniv,bnik->bnvk", rounded(d_out * scale, dtype), read)
+        return new - product("bniv,bnik->bnvk", rounded(d_v, dtype), predict), (d_v, low)
+
+    p = prepared
+    given = [by_chunk(x, N) for x in (p.read, p.predict, p.write, d_out)]
+    given += [jnp.moveaxis(x, 2, 0) for x in (p.keep, p.scores, p.inverse)]
+    last, (d_v, d_states) = jax.lax.scan(step, d_final, given, reverse=True)
+    return by_token(d_v, dtype), jnp.moveaxis(d_states, 0, 2).astype(dtype), last
+
+
+def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_states, *, scale):
+    dtype, N = q.dtype, values.shape[2]
+    q, k, G, values, d_out, d_v = (by_chunk(x, N) for x in (q, k, summed, values, d_out, d_v))
+    states, d_states = (jnp.moveaxis(x, 2, 0) for x in (states, d_states))
+    end = G[..., -1:, :]
+    into, out_of, through = jnp.exp(G), jnp.exp(end - G), jnp.exp(end)
+    shown = product("cbniv,cbnjv->cbnij", d_out, values) * scale
+    replaced = -product("cbniv,cbnjv->cbnij", d_v, values)
+    itself, d_beta = (jnp.diagonal(x, axis1=3, axis2=4) for x in (shown, -replaced))
+    if documents is not None:
+        own, last, at_end = documents_of_chunks(documents)
+        into, out_of = jnp.where(own == last, into, 0.0), jnp.where(own == at_end, out_of, 0.0)
+        through, same = jnp.where(at_end == last, through, 0.0), own == jnp.swapaxes(own, 3, 4)
+        shown, replaced = (jnp.where(same, x, 0.0) for x in (shown, replaced))
+    shown, replaced = rounded(shown, dtype), rounded(replaced, dtype)
+
+    d_q = product("cbnvk,cbniv->cbnik", states, d_out) * into * scale
+    d_k = product("cbnvk,cbniv->cbnik", states, d_v) * -into
+    written = product("cbnvk,cbnjv->cbnjk", d_states, values) * out_of
+    upto = jnp.tril(jnp.ones((CHUNK, CHUNK)))  # [s, t]
+    reads = rounded(q * d_q + k * d_k, dtype)
+    d_g = product("st,cbnsk->cbntk", upto, reads)
+    d_g = d_g + product("st,cbnsk->cbntk", 1.0 - upto, rounded(k * written, dtype))
+    overlap = product("cbnvk,cbnvk->cbnk", states, d_states)[..., None, :]
+    d_g = d_g + through * overlap
+    d_q, d_k = d_q + itself[..., None] * k, d_k + written + itself[..., None] * q
+    token = jnp.arange(CHUNK)
+    for size, (pairs, decay) in zip(LEVELS, levels(G), strict=True):
+        left, right = rounded(decay * q, dtype), rounded(decay * k, dtype)
+        P, R = (jnp.where(pairs[None, None, None], x, 0.0) for x in (shown, replaced))
+        of_q = product("cbnij,cbnjk->cbnik", P, right) * decay
+        of_k = product("cbnij,cbnjk->cbnik", R, right)
+        of_k = of_k + product("cbnij,cbnik->cbnjk", P, left)
+        of_k = (of_k + product("cbnij,cbnik->cbnjk", R, right)) * decay
+        d_q, d_k = d_q + of_q, d_k + of_k
+        # A token reads over what is up to it in its block, and writes over what is after it.
+        block, later = token // size, (token & size != 0)[:, None]
+        over = (block[:, None] == block[None]) & jnp.where(later, upto == 1.0, upto == 0.0)
+        dots = rounded(q * of_q + k * of_k, dtype)
+        d_g = d_g + product("st,cbnsk->cbntk", over, dots)
+    d_q, d_k, d_g = (by_token(x, kind) for x, kind in ((d_q, dtype), (d_k, dtype), (d_g, G.dtype)))
+    d_beta = jnp.moveaxis(d_beta / by_chunk(beta) ** 2, 0, 2).reshape(beta.shape)
+    return d_q, d_k, d_g, d_beta

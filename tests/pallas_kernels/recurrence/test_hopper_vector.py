@@ -26,7 +26,7 @@ del CASES["ten_chunks_vector"]  # large
     [(name, "as_is") for name in CASES] + [("many_chunks", decays) for decays in DECAYS],
 )
 def test_passes_are_the_rule(monkeypatch, name, decays):
-    for pass_ in ("prepare", "scan"):
+    for pass_ in ("prepare", "scan", "reverse", "gradients"):
         monkeypatch.setattr(vector_rule, pass_, getattr(hopper_vector_passes, pass_))
     of = found(
         "gated_delta_rule", ref.gated_delta_rule, mosaic_gpu.gated_delta_rule, CASES, name, decays

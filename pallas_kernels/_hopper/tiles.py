@@ -13,12 +13,12 @@ SUMS = 1024  # floats in which the warps of a warpgroup add up columns
 MATRIX = plgpu.Layout.WGMMA
 DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of a matrix
 ACROSS = plgpu.Layout.WGMMA.reduce(0)  # a vector along its columns
+TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # of memory for products
 
 
 def tiles(shape, dtype):
     """Shared memory for operands of matrix products."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=TILED)
 
 
 def down(ref, columns: int = CHUNK):

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from hopper_passes import by_chunk, by_token, product, rounded
 
+from pallas_kernels._hopper.levels import SIZES
 from pallas_kernels._hopper.tiles import CHUNK
-from pallas_kernels._hopper.vector_prepare import LEVELS, Prepared
+from pallas_kernels._hopper.vector_prepare import Prepared
 
 
 def documents_of_chunks(documents):
@@ -19,7 +20,7 @@ def levels(summed):
     """For each size of blocks which pairs [C, C] are in neighbouring ones, and their decays."""
     token = jnp.arange(CHUNK)
     row, column = token[:, None], token[None]
-    for size in LEVELS:
+    for size in SIZES:
         reference = summed[..., token & -2 * size | size, :]
         pairs = (row & size != 0) & ((row & -size) - size == column & -size)
         yield pairs, jnp.exp(-jnp.abs(summed - reference))

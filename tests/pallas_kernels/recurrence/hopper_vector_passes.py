@@ -128,7 +128,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
     d_g = d_g + through * overlap
     d_q, d_k = d_q + itself[..., None] * k, d_k + written + itself[..., None] * q
     token = jnp.arange(CHUNK)
-    for size, (pairs, decay) in zip(LEVELS, levels(G), strict=True):
+    for size, (pairs, decay) in zip(SIZES, levels(G), strict=True):
         left, right = rounded(decay * q, dtype), rounded(decay * k, dtype)
         P, R = (jnp.where(pairs[None, None, None], x, 0.0) for x in (shown, replaced))
         of_q = product("cbnij,cbnjk->cbnik", P, right) * decay

@@ -44,9 +44,9 @@ def main() -> None:
     )
     left.set_xscale("log", base=2)
     left.legend(fontsize=8)
-    bars = sorted(rows_of("language"), key=lambda row: list(COLORS).index(row["mixer"]))
-    names = [row["mixer"] for row in bars]
-    heights = [row["bits_per_byte"] for row in bars]
+    bits = {row["mixer"]: row["bits_per_byte"] for row in rows_of("language")}  # of the last file
+    names = [name for name in COLORS if name in bits]
+    heights = [bits[name] for name in names]
     shown = middle.bar(names, heights, color=[COLORS[name] for name in names])
     middle.bar_label(shown, fmt="%.3f", fontsize=8)
     middle.set(title="Python source, bits per byte", ylim=(0, None))

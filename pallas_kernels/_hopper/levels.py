@@ -25,16 +25,17 @@ LOG2E = 1.4426950408889634
 THREADS = 128  # of a warpgroup
 
 
-def cumulate(g, half, exponents, summed):
-    """Sums of g [64, 64] over the tokens up to each: `summed`, in global memory, and as exponents
-    of 2 in shared memory.
+def cumulate(g, half, exponents, *summed):
+    """Sums of g [64, 64] over the tokens up to each, as exponents of 2 in shared memory.
+
+    Also as they are, where `summed` is given, in global memory.
 
     Each thread adds up a feature over one half of the tokens; half [2, 64] is for what they need
     of each other.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4)
-    def run(ctx, g, half, exponents, summed):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (3 + len(summed)))
+    def run(ctx, g, half, exponents, *summed):
         del ctx
         thread = own_thread()
         later, feature = divide(thread, TILE)
@@ -50,10 +51,11 @@ def cumulate(g, half, exponents, summed):
         before = arith.select(is_later, before, real(0.0))
         for place, sum_ in zip(tokens, sums, strict=True):
             total = arith.addf(before, sum_)
-            memref.store(total, summed, place)
+            for target in summed:
+                memref.store(total, target, place)
             memref.store(arith.mulf(total, real(LOG2E)), exponents, place)
 
-    run(g, half, exponents, summed)
+    run(g, half, exponents, *summed)
 
 
 def operands(q, k, exponents, right, size: int):
@@ -84,12 +86,13 @@ def operands(q, k, exponents, right, size: int):
                 return vector.load(wide, exponents, indices(token, here))
 
             def decayed(matrix, token, decay, here=here):
-                taken = widened(vector.load(narrow, matrix, in_tile(token, here)))
-                return arith.truncf(narrow, arith.mulf(taken, decay))
+                taken = vector.load(narrow, matrix, in_tile(token, here))
+                return arith.mulf(taken, decay)
 
             between = exponent(middle)
-            until = exp2(arith.subf(between, exponent(earlier)))
-            since = exp2(arith.subf(exponent(later), between))
+            # Rounded, so that two numbers are multiplied at once.
+            until = arith.truncf(narrow, exp2(arith.subf(between, exponent(earlier))))
+            since = arith.truncf(narrow, exp2(arith.subf(exponent(later), between)))
             vector.store(decayed(k, earlier, until), right, in_tile(m, here))
             for down, matrix in ((0, q), (8, k)):
                 place = register_at(layout, SQUARE, down, start)
@@ -185,16 +188,6 @@ def exp2(pair):
         )
         pair = vector.insert(power, pair, [], [e])
     return pair
-
-
-def widened(pair):
-    """Two numbers of bfloat16 as fp32, by an instruction each."""
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    both = vector.bitcast(ir.VectorType.get((1,), i32), pair)
-    both = vector.extract(both, [], [0])
-    first, second = arith.shli(both, number(16)), arith.andi(both, number(-(2**16)))
-    wide = ir.VectorType.get((2,), f32)
-    return vector.from_elements(wide, [arith.bitcast(f32, x) for x in (first, second)])
 
 
 def divide(value, by: int):

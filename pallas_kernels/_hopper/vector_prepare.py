@@ -43,16 +43,16 @@ class Prepared(NamedTuple):
     predict: Float[Array, "B T N K"]
     write: Float[Array, "B T N K"]
     keep: Float[Array, "B N n K"]
-    summed: Float[Array, "B T N K"]
     scores: Float[Array, "B N n 64 64"]
     inverse: Float[Array, "B N n 64 64"]
+    summed: Float[Array, "B T N K"] | None
 
 
-@functools.partial(jax.jit, static_argnames=("scale",))
-def prepare(q, k, g, beta, documents, *, scale) -> Prepared:
+@functools.partial(jax.jit, static_argnames=("scale", "sums"))
+def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
     """q, k [B, T, H, K]; g fp32 [B, T, N, K]; beta fp32 [B, N, T]; documents int32 [B, T] or None.
 
-    T is a multiple of 128, K of 64.
+    T is a multiple of 128, K of 64. Without `sums` `summed` is None: the state pass needs it not.
     """
     B, T, H, K = q.shape
     N, dtype, packed = g.shape[2], q.dtype, documents is not None
@@ -61,7 +61,7 @@ def prepare(q, k, g, beta, documents, *, scale) -> Prepared:
         refs = iter(refs)
         q_ref, k_ref, g_ref, beta_ref = (next(refs) for _ in range(4))
         documents_ref = next(refs) if packed else None
-        read_ref, predict_ref, write_ref, keep_ref, summed_ref, scores_ref, inverse_ref = refs
+        read_ref, predict_ref, write_ref, keep_ref, scores_ref, inverse_ref, *summed_ref = refs
 
         def body(operands_or_inverse, right_s, out_s, scores_s, lower_s, exponents_s, half_s, full):
             (q_s, k_s), inverse_s = operands_or_inverse
@@ -85,7 +85,7 @@ def prepare(q, k, g, beta, documents, *, scale) -> Prepared:
                 for source, target in ((q_ref, q_s), (k_ref, k_s)):
                     source = source.at[batch, tokens, head].at[:, features]
                     plgpu.copy_gmem_to_smem(source, target, full)
-                levels.cumulate(here(g_ref), half_s, exponents_s, here(summed_ref))
+                levels.cumulate(here(g_ref), half_s, exponents_s, *map(here, summed_ref))
                 plgpu.commit_smem()
                 plgpu.barrier_wait(full)
                 for level, size in enumerate(levels.SIZES):
@@ -169,27 +169,22 @@ def prepare(q, k, g, beta, documents, *, scale) -> Prepared:
     chunks = T // CHUNK
     of_token = jax.ShapeDtypeStruct((B, T, N, K), dtype)
     square = jax.ShapeDtypeStruct((B, N, chunks, *SQUARE), dtype)
-    out = Prepared(
-        of_token,
-        of_token,
-        of_token,
+    out = [
+        *[of_token] * 3,
         jax.ShapeDtypeStruct((B, N, chunks, K), jnp.float32),
-        jax.ShapeDtypeStruct((B, T, N, K), jnp.float32),
-        square,
-        square,
-    )
-    operands = [x for x in (q, k, g, beta, documents) if x is not None]
-    return Prepared(
-        *plgpu.kernel(
-            kernel,
-            out_type=list(out),
-            grid=(B * N, T // (CHUNK * PAIR)),
-            grid_names=("row", "pair"),
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-            ),
-        )(*operands)
-    )
+        *[square] * 2,
+        *[jax.ShapeDtypeStruct((B, T, N, K), jnp.float32)] * sums,
+    ]
+    results = plgpu.kernel(
+        kernel,
+        out_type=out,
+        grid=(B * N, T // (CHUNK * PAIR)),
+        grid_names=("row", "pair"),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )(*[x for x in (q, k, g, beta, documents) if x is not None])
+    return Prepared(*results, *[None] * (not sums))
 
 
 def edges(documents_ref, batch, chunk):

@@ -30,19 +30,19 @@ def chunked(
     documents: number of each token's document, never falling. The backward pass gets what `prepare`
     gave the forward pass.
     """
-    return run(q, k, v, g, beta, initial_state, documents, scale)[0]
+    return run(q, k, v, g, beta, initial_state, documents, scale, sums=False)[0]
 
 
 def forward(*arguments):
-    results, prepared = run(*arguments)
+    results, prepared = run(*arguments, sums=True)
     return results, (arguments[:7], prepared)
 
 
-def run(q, k, v, g, beta, initial_state, documents, scale):
+def run(q, k, v, g, beta, initial_state, documents, scale, sums):
     """Results, and what the backward pass needs beside the arguments."""
     tokens = v.shape[1]
     q, k, v, g, beta, state, documents = arranged(q, k, v, g, beta, initial_state, documents)
-    prepared = prepare(q, k, g, beta, documents, scale=scale)
+    prepared = prepare(q, k, g, beta, documents, scale=scale, sums=sums)
     o, _, _, state = scan(prepared, v, state, scale=scale, gives="out", warpgroups=tiles_of(v))
     return (o[:, :tokens], jnp.swapaxes(state, 2, 3)), prepared
 

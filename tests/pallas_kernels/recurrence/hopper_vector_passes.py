@@ -26,7 +26,7 @@ def levels(summed):
         yield pairs, jnp.exp(-jnp.abs(summed - reference))
 
 
-def prepare(q, k, g, beta, documents, *, scale):
+def prepare(q, k, g, beta, documents, *, scale, sums=True):
     N, dtype = g.shape[2], q.dtype
     q, k, weight = by_chunk(q, N), by_chunk(k, N), by_chunk(beta)
     summed = jnp.cumsum(by_chunk(g, N), axis=3)
@@ -40,6 +40,7 @@ def prepare(q, k, g, beta, documents, *, scale):
     diagonal = jnp.eye(CHUNK)[None, None, None]
     scores, lower = diagonal * jnp.sum(q * k, axis=4)[..., None], 0.0
     for pairs, decay in levels(summed):
+        decay = rounded(decay, dtype)
         left, right = rounded(decay * q, dtype), rounded(decay * k, dtype)
         pairs = same & pairs[None, None, None]
         scores += jnp.where(pairs, product("cbnik,cbnjk->cbnij", left, right), 0.0)
@@ -53,9 +54,9 @@ def prepare(q, k, g, beta, documents, *, scale):
     return Prepared(
         *(by_token(x, dtype) for x in (into * q, into * k, out_of * k)),
         jnp.moveaxis(through[:, :, :, 0], 0, 2),
-        by_token(summed, jnp.float32),
         scores,
         inverse,
+        by_token(summed, jnp.float32) if sums else None,
     )
 
 

@@ -11,6 +11,7 @@ so that no exponent is positive. Everything is transposed: features by tokens.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, nvvm, vector
 
+from pallas_kernels._hopper.delta import held_shape, keep, kept
 from pallas_kernels._hopper.tiles import (
     ACROSS,
     CHUNK,
@@ -31,7 +33,6 @@ from pallas_kernels._hopper.tiles import (
     TILE,
     across,
     down,
-    exp_where,
     places,
     tiles,
 )
@@ -41,6 +42,7 @@ SIZES = (1, 2, 4, 8, 16)  # tokens of such blocks
 LARGEST = len(SIZES)  # where the squares of the largest are
 UPTO, AFTER = len(SIZES), len(SIZES) + 1  # among `sums`
 BROAD = (CHUNK, HALF)
+LOG2E = math.log2(math.e)
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
@@ -67,7 +69,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
 
         def body(q_s, k_s, shared, diagonal_s, full, sums_full):
             (values_s, d_out_s, d_v_s, states_s, d_states_s), later_use = shared
-            shown_s, replaced_s, sums_s, out_s = later_use
+            shown_s, replaced_s, sums_s, parked_s, low_s = later_use
             row, chunk, tile = (lax.axis_index(x) for x in ("row", "chunk", "tile"))
             batch, n = row // N, lax.rem(row, N)
             head, start = n // (N // H), chunk * CHUNK
@@ -83,13 +85,16 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
             ):
                 plgpu.copy_gmem_to_smem(source, target, full)
 
-            def logs(token):
-                """G of one token, by feature."""
-                return plgpu.load(
-                    summed_ref.at[batch, start + token, n, features], layout=DOWN, optimized=False
-                )
+            def log_of(token):
+                """Of one token, by feature."""
+                ref = summed_ref.at[batch, start + token, n, features]
+                return plgpu.load(ref, layout=DOWN, optimized=False) * LOG2E
 
-            G = turned(summed_ref.at[batch, tokens, n, features])
+            def logs(half):
+                rows = pl.ds(start + half * HALF, HALF)
+                return turned(summed_ref.at[batch, rows, n, features]) * LOG2E
+
+            G = [logs(0), logs(1)]
             into = out_of = through = None
             if packed:
                 own_ref = documents_ref.at[batch, tokens]
@@ -107,7 +112,6 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 plgpu.wgmma(read, states_s.T, d_out_s.T)
                 plgpu.wgmma(stored, states_s.T, d_v_s.T)
                 plgpu.wgmma(written, d_states_s.T, values_s.T)
-                overlap = overlaps(states_s, d_states_s)
                 shown = plgpu.wgmma_accumulator_load(shown, wait_n=4) * scale
                 replaced = plgpu.wgmma_accumulator_load(replaced, wait_n=3)
                 i, j = places()
@@ -125,6 +129,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 if packed:
                     same = down(own_ref) == across(own_ref)
                     shown, replaced = (jnp.where(same, x, 0.0) for x in (shown, replaced))
+                overlap = overlaps(states_s, d_states_s)
                 read, stored, written = (
                     plgpu.wgmma_accumulator_load(x, wait_n=0) for x in (read, stored, written)
                 )
@@ -149,7 +154,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
             def part(ref, half):
                 """Half of the tokens."""
                 rows = ref.at[pl.ds(half * HALF, HALF)]
-                return plgpu.load(rows.T, layout=MATRIX).astype(jnp.float32)
+                return widened(plgpu.load(rows.T, layout=MATRIX))
 
             def columns(x, half):
                 return x[:, half * HALF : (half + 1) * HALF]
@@ -160,93 +165,117 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
             def summing(which):
                 return sums_s.at[which // 2, pl.ds(which % 2 * HALF, HALF)]
 
-            accumulator = plgpu.ACC(SQUARE, jnp.float32)
-            narrow = plgpu.ACC(BROAD, jnp.float32)
-            overlap, read, stored, written = pl.run_scoped(of_states, *[accumulator] * 5)
-            end = logs(CHUNK - 1)
-            kept = overlap * jnp.exp(end)
-            if packed:
-                kept = jnp.where(through, kept, 0.0)
-
-            def wide(vector, size=HALF):
-                return lax.broadcast_in_dim(vector, (TILE, size), [0])
+            def wide(vector):
+                return lax.broadcast_in_dim(vector, BROAD, [0])
 
             def gate(log, allowed, half):
-                if allowed is None:
-                    return jnp.exp(log)
-                allowed = lax.broadcast_in_dim(allowed, SQUARE, [1])
-                return exp_where(columns(allowed, half), log)
+                if allowed is not None:
+                    allowed = lax.broadcast_in_dim(allowed, SQUARE, [1])
+                    log = jnp.where(columns(allowed, half), log, -jnp.inf)
+                return jnp.exp2(log)
 
-            d_qs, d_ks, reads, writes = [], [], [], []
-            for half in (0, 1):
-                q, k, log = part(q_s, half), part(k_s, half), columns(G, half)
+            accumulator = plgpu.ACC(SQUARE, jnp.float32)
+            narrow = plgpu.ACC(BROAD, jnp.float32)
+            overlap, *inter = pl.run_scoped(of_states, *[accumulator] * 5)
+            end, middle = log_of(CHUNK - 1), log_of(HALF)
+            over = overlap * jnp.exp2(end)
+            if packed:
+                over = jnp.where(through, over, 0.0)
+
+            def by_states(half):
+                """d_q, d_k, dots of what is read and what is written, by the states alone."""
+                q, k, log = part(q_s, half), part(k_s, half), G[half]
+                read, stored, written = (columns(x, half) for x in inter)
                 before = gate(log, into, half)
-                d_q = columns(read, half) * before * scale
-                d_k = columns(stored, half) * -before
-                reads.append(q * d_q + k * d_k)
-                inter = columns(written, half) * gate(wide(end) - log, out_of, half)
-                writes.append(k * inter)
+                d_q, d_read = read * before * scale, stored * -before
+                d_written = written * gate(wide(end) - log, out_of, half)
                 itself = across(diagonal_s.at[pl.ds(half * HALF, HALF)], TILE)
-                d_qs.append(d_q + itself * k)
-                d_ks.append(d_k + inter + itself * q)
-            goes_over = [kept + jnp.sum(reads[1], axis=1), kept + jnp.sum(writes[0], axis=1)]
+                dots = q * d_q + k * d_read, k * d_written
+                return d_q + itself * k, d_read + d_written + itself * q, *dots
 
-            def largest(of_q, of_k, of_key):
-                """Of blocks of half a chunk."""
-                decay = jnp.exp(-jnp.abs(G - wide(logs(HALF), CHUNK)))
-                first, second = columns(decay, 0), columns(decay, 1)
-                k_0, k_1, q_1 = part(k_s, 0), part(k_s, 1), part(q_s, 1)
-                early, late = (first * k_0).astype(dtype), (second * k_1).astype(dtype)
-                plgpu.wgmma(of_q, early, rows_of(shown_s, LARGEST, 1).T)
-                plgpu.wgmma(of_k, early, rows_of(replaced_s, LARGEST, 1).T)
-                plgpu.wgmma(of_key, (second * q_1).astype(dtype), rows_of(shown_s, LARGEST, 1))
-                plgpu.wgmma(of_key, late, rows_of(replaced_s, LARGEST, 1))
-                d_q = plgpu.wgmma_accumulator_load(of_q, wait_n=3) * second
-                d_k = plgpu.wgmma_accumulator_load(of_k, wait_n=2) * second
-                d_key = plgpu.wgmma_accumulator_load(of_key, wait_n=0) * first
-                return d_q, d_k, d_key, q_1 * d_q + k_1 * d_k, k_0 * d_key
+            d_q, d_k, reads, writes = by_states(1)
+            keep(d_q, parked_s.at[0])
+            keep(d_k, parked_s.at[1])
+            keep(reads.astype(dtype), low_s.at[0])
+            keep(writes.astype(dtype), low_s.at[1])
+            first_over = over + jnp.sum(reads, axis=1)
+            d_q, d_k, reads, writes = by_states(0)
+            over = over + jnp.sum(writes, axis=1)
+            reads, writes = reads.astype(dtype), writes.astype(dtype)
 
-            added = pl.run_scoped(largest, narrow, narrow, narrow)
-            for targets, half, x in zip(
-                (d_qs, d_ks, d_ks, reads, writes), (1, 1, 0, 1, 0), added, strict=True
-            ):
-                targets[half] = targets[half] + x
+            def decayed(half):
+                """Over the largest blocks."""
+                return decays(G[half], wide(middle))
+
+            decay, late_decay = decayed(0), decayed(1)
+            key = decay * part(k_s, 0)
+            keep(key.astype(dtype), low_s.at[2])
+            queries, keys = ((late_decay * part(x, 1)).astype(dtype) for x in (q_s, k_s))
+
+            def written_in_first(of_key):
+                plgpu.wgmma(of_key, queries, rows_of(shown_s, LARGEST, 1))
+                plgpu.wgmma(of_key, keys, rows_of(replaced_s, LARGEST, 1))
+                return of_key[...]
+
+            def read_in_second(of_q, of_k):
+                key = kept(low_s.at[2], BROAD)
+                plgpu.wgmma(of_q, key, rows_of(shown_s, LARGEST, 1).T)
+                plgpu.wgmma(of_k, key, rows_of(replaced_s, LARGEST, 1).T)
+                return of_q[...], of_k[...]
+
+            of_key = pl.run_scoped(written_in_first, narrow)
+            d_k, dots = d_k + decay * of_key, (key * of_key).astype(dtype)
             plgpu.barrier_wait(sums_full)
-            for half in (0, 1):
-                place = pl.ds(half * HALF, HALF)
 
-                def within(d_g, half=half, place=place):
-                    d_q, d_k, log = d_qs[half], d_ks[half], columns(G, half)
-                    plgpu.wgmma(d_g, reads[half].astype(dtype), summing(UPTO))
-                    plgpu.wgmma(d_g, writes[half].astype(dtype), summing(AFTER))
-                    for level, size in enumerate(SIZES):
-                        decay = jnp.exp(-jnp.abs(log - reference(log, size)))
-                        added_q, added_k = pl.run_scoped(
-                            functools.partial(of_blocks, decay, half, level), narrow, narrow
-                        )
-                        d_q, d_k = d_q + added_q, d_k + added_k
-                        dots = part(q_s, half) * added_q + part(k_s, half) * added_k
-                        plgpu.wgmma(d_g, dots.astype(dtype), summing(level))
-                    out_s.at[0, place].T[...] = d_q.astype(dtype)
-                    out_s.at[1, place].T[...] = d_k.astype(dtype)
+            def finish(half, d_q, d_k, reads, writes, more, over):
+                """Adds what goes between tokens of the half. Results replace queries and keys."""
+                log, place = G[half], pl.ds(half * HALF, HALF)
 
-                def of_blocks(decay, half, level, of_q, of_k):
-                    key = (decay * part(k_s, half)).astype(dtype)
-                    query = (decay * part(q_s, half)).astype(dtype)
+                def of_blocks(level, key, query, of_q, of_k):
                     shown, replaced = (rows_of(x, level, half) for x in (shown_s, replaced_s))
                     plgpu.wgmma(of_q, key, shown.T)
                     plgpu.wgmma(of_k, key, replaced.T)
                     plgpu.wgmma(of_k, query, shown)
                     plgpu.wgmma(of_k, key, replaced)
-                    d_q = plgpu.wgmma_accumulator_load(of_q, wait_n=3) * decay
-                    return d_q, plgpu.wgmma_accumulator_load(of_k, wait_n=0) * decay
+                    of_q = plgpu.wgmma_accumulator_load(of_q, wait_n=3)
+                    return of_q, plgpu.wgmma_accumulator_load(of_k, wait_n=0)
 
-                d_g = pl.run_state(within)(plgpu.ACC.init(wide(goes_over[half])))
+                def within(d_g):
+                    new_q, new_k = d_q, d_k
+                    plgpu.wgmma(d_g, reads, summing(UPTO))
+                    plgpu.wgmma(d_g, writes, summing(AFTER))
+                    plgpu.wgmma(d_g, more, summing((AFTER, UPTO)[half]))
+                    for level, size in enumerate(SIZES):
+                        decay = decays(log, reference(log, size))
+                        key, query = decay * part(k_s, half), decay * part(q_s, half)
+                        of_q, of_k = pl.run_scoped(
+                            functools.partial(
+                                of_blocks, level, key.astype(dtype), query.astype(dtype)
+                            ),
+                            narrow,
+                            narrow,
+                        )
+                        new_q, new_k = new_q + decay * of_q, new_k + decay * of_k
+                        dots = query * of_q + key * of_k
+                        plgpu.wgmma(d_g, dots.astype(dtype), summing(level))
+                    q_s.at[place].T[...] = new_q.astype(dtype)
+                    k_s.at[place].T[...] = new_k.astype(dtype)
+
+                d_g = pl.run_state(within)(plgpu.ACC.init(wide(over)))
                 place = pl.ds(start + half * HALF, HALF)
                 put_turned(d_g, d_g_ref.at[batch, place, n, features])
+
+            finish(0, d_q, d_k, reads, writes, dots, first_over)
+            d_q, d_k = (kept(parked_s.at[x], BROAD) for x in (0, 1))
+            G[1] = logs(1)  # for want of registers
+            of_q, of_k = pl.run_scoped(read_in_second, narrow, narrow)
+            decay = decayed(1)
+            d_q, d_k = d_q + decay * of_q, d_k + decay * of_k
+            dots = (decay * (part(q_s, 1) * of_q + part(k_s, 1) * of_k)).astype(dtype)
+            finish(1, d_q, d_k, *(kept(low_s.at[x], BROAD) for x in (0, 1)), dots, over)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s.at[0], d_q_ref.at[batch, tokens, n, features])
-            plgpu.copy_smem_to_gmem(out_s.at[1], d_k_ref.at[batch, tokens, n, features])
+            plgpu.copy_smem_to_gmem(q_s, d_q_ref.at[batch, tokens, n, features])
+            plgpu.copy_smem_to_gmem(k_s, d_k_ref.at[batch, tokens, n, features])
             plgpu.wait_smem_to_gmem(0)
 
         value, state = tiles((CHUNK, V), dtype), tiles((V, TILE), dtype)
@@ -258,7 +287,13 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
             operand,
             plgpu.RefUnion(
                 (value, value, value, state, state),
-                (squares, squares, narrow_tiles((4, *BROAD), dtype), tiles((2, *SQUARE), dtype)),
+                (
+                    squares,
+                    squares,
+                    narrow_tiles((4, *BROAD), dtype),
+                    plgpu.SMEM((2, *held_shape(*BROAD)), jnp.float32),
+                    plgpu.SMEM((3, *held_shape(*BROAD)), dtype),
+                ),
             ),
             plgpu.SMEM((CHUNK,), jnp.float32),
             plgpu.Barrier(num_arrivals=7),
@@ -306,26 +341,69 @@ def overlaps(left, right):
     total = None
     for start in range(0, left.shape[0], CHUNK):
         a, b = (
-            plgpu.load(x.at[pl.ds(start, CHUNK)].T, layout=MATRIX).astype(jnp.float32)
-            for x in (left, right)
+            widened(plgpu.load(x.at[pl.ds(start, CHUNK)].T, layout=MATRIX)) for x in (left, right)
         )
         added = jnp.sum(a * b, axis=1)
         total = added if total is None else total + added
     return total
 
 
+def decays(log, other):
+    """2^-|log - other|, by an instruction that takes the negative magnitude on the way."""
+    kind = plgpu.ShapeDtypeStruct(log.shape, jnp.float32, layout=MATRIX)
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX,), return_type=kind)
+    def run(ctx, difference):
+        del ctx
+        f32 = ir.F32Type.get()
+        text = "{.reg .f32 x; abs.f32 x, $1; neg.f32 x, x; ex2.approx.ftz.f32 $0, x;}"
+        registers = np.empty_like(difference.registers)
+        for place, register in np.ndenumerate(difference.registers):
+            numbers = (vector.extract(register, [], [x]) for x in (0, 1))
+            numbers = [mgpu.utils.inline_ptx(text, x, result_types=f32) for x in numbers]
+            registers[place] = vector.from_elements(register.type, numbers)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=difference.layout, _is_signed=None
+        )
+
+    return run(log - other)
+
+
+def widened(matrix):
+    """bf16 as fp32, by one instruction a number: LLVM takes two."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX,),
+        return_type=plgpu.ShapeDtypeStruct(matrix.shape, jnp.float32, layout=MATRIX),
+    )
+    def run(ctx, matrix):
+        del ctx
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        pair, one = ir.VectorType.get((2,), f32), ir.VectorType.get((1,), i32)
+        registers = np.empty_like(matrix.registers)
+        for place, register in np.ndenumerate(matrix.registers):
+            bits = vector.extract(vector.bitcast(one, register), [], [0])
+            first = arith.shli(bits, arith.constant(i32, 16))
+            second = arith.andi(bits, arith.constant(i32, -(2**16)))
+            numbers = [arith.bitcast(f32, x) for x in (first, second)]
+            registers[place] = vector.from_elements(pair, numbers)
+        return mgpu.FragmentedArray(_registers=registers, _layout=matrix.layout, _is_signed=None)
+
+    return run(matrix)
+
+
 def turned(source):
-    """A matrix [64, 64] of fp32 in global memory, transposed: of each row whole sectors."""
+    """A matrix [32, 64] of fp32 in global memory, transposed: of each row whole sectors."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(SQUARE, jnp.float32, layout=MATRIX),
+        return_type=plgpu.ShapeDtypeStruct(BROAD, jnp.float32, layout=MATRIX),
     )
     def run(ctx, source):
         del ctx
         layout = MATRIX.to_mgpu()
         pair = ir.VectorType.get((2,), ir.F32Type.get())
-        registers = np.empty(layout.registers_shape(SQUARE), dtype=object)
+        registers = np.empty(layout.registers_shape(BROAD), dtype=object)
         for place in np.ndindex(registers.shape):
             numbers = [memref.load(source, at) for at in own_places(place)]
             registers[place] = vector.from_elements(pair, numbers)

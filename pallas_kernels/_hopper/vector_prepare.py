@@ -24,7 +24,6 @@ from pallas_kernels._hopper.tiles import (
     across,
     down,
     places,
-    product,
     tiles,
 )
 
@@ -88,11 +87,23 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                 levels.cumulate(here(g_ref), half_s, exponents_s, *map(here, summed_ref))
                 plgpu.commit_smem()
                 plgpu.barrier_wait(full)
+
+                def prepared(level):
+                    size, right = levels.SIZES[level], right_s.at[level % 2]
+                    return levels.operands(q_s, k_s, exponents_s, right, size)
+
+                left = prepared(0)
                 for level, size in enumerate(levels.SIZES):
-                    right = right_s.at[level % 2]
-                    left = levels.operands(q_s, k_s, exponents_s, right, size)
+
+                    def multiply(products, level=level, left=left):
+                        plgpu.wgmma(products, left, right_s.at[level % 2].T)
+                        more = level + 1 < len(levels.SIZES)
+                        following = prepared(level + 1) if more else left
+                        return plgpu.wgmma_accumulator_load(products, wait_n=0), following
+
                     plgpu.commit_smem()
-                    products = product(left, right.T, (CHUNK, levels.HALF))
+                    accumulator = plgpu.ACC((CHUNK, levels.HALF), jnp.float32)
+                    products, left = pl.run_scoped(multiply, accumulator)
                     levels.put(products, scores_s, lower_s.at[c], size, more=tile > 0)
                 q, k = (plgpu.load(x, layout=MATRIX).astype(jnp.float32) for x in (q_s, k_s))
                 G = plgpu.load(exponents_s.at[:, square], layout=MATRIX, optimized=False)

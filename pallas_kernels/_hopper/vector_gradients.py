@@ -6,24 +6,22 @@ d_q_i = scale exp(G_i) S d_out_i + sum_j<=i P_ij E_ij k_j
 d_k_i = -exp(G_i) S delta_i - sum_j<i R_ij E_ij k_j                                    as it reads
 d_k_j += exp(G_64 - G_j) dS u_j + sum_i>=j P_ij E_ij q_i - sum_i>j R_ij E_ij k_i      as it writes
 A decay of token t is in all that goes over t, from j < t to i >= t. d_g_t sums just that, without
-differences. The sums within a chunk go by blocks of 1, 2, 4, ... tokens, as `chunk._levels` has it,
-so that no exponent is positive. Everything is transposed: features by tokens.
+differences. The sums within a chunk go by blocks of 1, 2, 4, ... tokens, as in `levels`, so
+that no exponent is positive. Everything is transposed: features by tokens.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, nvvm, vector
 
 from pallas_kernels._hopper.delta import held_shape, keep, kept
+from pallas_kernels._hopper.levels import HALF, LOG2E
+from pallas_kernels._hopper.registers import decays, put_turned, reference, turned, widened
 from pallas_kernels._hopper.tiles import (
     ACROSS,
     CHUNK,
@@ -36,13 +34,12 @@ from pallas_kernels._hopper.tiles import (
     places,
     tiles,
 )
+from pallas_kernels._hopper.vector_prepare import edges
 
-HALF = CHUNK // 2  # tokens; only the largest blocks are not within a half
-SIZES = (1, 2, 4, 8, 16)  # tokens of such blocks
+SIZES = (1, 2, 4, 8, 16)  # tokens of a block within a half of the chunk
 LARGEST = len(SIZES)  # where the squares of the largest are
 UPTO, AFTER = len(SIZES), len(SIZES) + 1  # among `sums`
 BROAD = (CHUNK, HALF)
-LOG2E = math.log2(math.e)
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
@@ -99,9 +96,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
             if packed:
                 own_ref = documents_ref.at[batch, tokens]
                 own = plgpu.load(own_ref, layout=ACROSS, optimized=False)
-                before = documents_ref[batch, jnp.maximum(start - 1, 0)]
-                before = jnp.where(start == 0, 0, before)
-                last = documents_ref[batch, start + CHUNK - 1]
+                before, last = edges(documents_ref, batch, chunk)
                 into, out_of, through = own == before, own == last, last == before
             plgpu.barrier_wait(full)
 
@@ -346,133 +341,3 @@ def overlaps(left, right):
         added = jnp.sum(a * b, axis=1)
         total = added if total is None else total + added
     return total
-
-
-def decays(log, other):
-    """2^-|log - other|, by an instruction that takes the negative magnitude on the way."""
-    kind = plgpu.ShapeDtypeStruct(log.shape, jnp.float32, layout=MATRIX)
-
-    @plgpu.inline_mgpu(arg_types=(MATRIX,), return_type=kind)
-    def run(ctx, difference):
-        del ctx
-        f32 = ir.F32Type.get()
-        text = "{.reg .f32 x; abs.f32 x, $1; neg.f32 x, x; ex2.approx.ftz.f32 $0, x;}"
-        registers = np.empty_like(difference.registers)
-        for place, register in np.ndenumerate(difference.registers):
-            numbers = (vector.extract(register, [], [x]) for x in (0, 1))
-            numbers = [mgpu.utils.inline_ptx(text, x, result_types=f32) for x in numbers]
-            registers[place] = vector.from_elements(register.type, numbers)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=difference.layout, _is_signed=None
-        )
-
-    return run(log - other)
-
-
-def widened(matrix):
-    """bf16 as fp32, by one instruction a number: LLVM takes two."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(MATRIX,),
-        return_type=plgpu.ShapeDtypeStruct(matrix.shape, jnp.float32, layout=MATRIX),
-    )
-    def run(ctx, matrix):
-        del ctx
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        pair, one = ir.VectorType.get((2,), f32), ir.VectorType.get((1,), i32)
-        registers = np.empty_like(matrix.registers)
-        for place, register in np.ndenumerate(matrix.registers):
-            bits = vector.extract(vector.bitcast(one, register), [], [0])
-            first = arith.shli(bits, arith.constant(i32, 16))
-            second = arith.andi(bits, arith.constant(i32, -(2**16)))
-            numbers = [arith.bitcast(f32, x) for x in (first, second)]
-            registers[place] = vector.from_elements(pair, numbers)
-        return mgpu.FragmentedArray(_registers=registers, _layout=matrix.layout, _is_signed=None)
-
-    return run(matrix)
-
-
-def turned(source):
-    """A matrix [32, 64] of fp32 in global memory, transposed: of each row whole sectors."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(BROAD, jnp.float32, layout=MATRIX),
-    )
-    def run(ctx, source):
-        del ctx
-        layout = MATRIX.to_mgpu()
-        pair = ir.VectorType.get((2,), ir.F32Type.get())
-        registers = np.empty(layout.registers_shape(BROAD), dtype=object)
-        for place in np.ndindex(registers.shape):
-            numbers = [memref.load(source, at) for at in own_places(place)]
-            registers[place] = vector.from_elements(pair, numbers)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return run(source)
-
-
-def put_turned(matrix, target):
-    """Store the transposed matrix of fp32 in global memory."""
-
-    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType()))
-    def run(ctx, matrix, target):
-        del ctx
-        for place in np.ndindex(matrix.registers.shape):
-            for number, at in enumerate(own_places(place)):
-                memref.store(vector.extract(matrix.registers[place], [], [number]), target, at)
-
-    run(matrix, target)
-
-
-def own_places(place):
-    """[column, row] of the two numbers that a thread has in a register of a matrix."""
-    index = ir.IndexType.get()
-
-    def c(value):
-        return arith.constant(index, value)
-
-    thread = arith.remui(arith.index_cast(index, mgpu.utils.thread_idx()), c(128))
-    warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
-    row = arith.addi(arith.muli(warp, c(16)), arith.divui(lane, c(4)))
-    row = arith.addi(row, c(8 * place[4]))
-    column = arith.muli(arith.remui(lane, c(4)), c(2))
-    return [[arith.addi(column, c(8 * place[1] + number)), row] for number in (0, 1)]
-
-
-def reference(matrix, size: int):
-    """For each column, that with which the later block of `size` of its pair of blocks begins.
-
-    Four threads have a row, each two neighbours of every eight columns.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(MATRIX,), return_type=plgpu.ShapeDtypeStruct(matrix.shape, matrix.dtype, MATRIX)
-    )
-    def run(ctx, matrix):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-
-        def c(value):
-            return arith.constant(i32, value)
-
-        lane = arith.andi(mgpu.utils.thread_idx(), c(31))
-        first = arith.andi(lane, c(28))
-        sources = {2: arith.ori(arith.andi(lane, c(30)), c(1)), 4: arith.ori(first, c(2))}
-        source = sources.get(size, first)
-        result = np.empty_like(matrix.registers)
-        for place in np.ndindex(result.shape):
-            block = 8 * place[1]
-            found = block // (2 * size) * 2 * size + size if size >= 8 else block
-            pair = matrix.registers[(place[0], found // 8, *place[2:])]
-            number = vector.extract(pair, [], [int(size == 1)])
-            if size > 1:
-                bits = arith.bitcast(i32, number)
-                bits = nvvm.shfl_sync(c(0xFFFFFFFF), bits, source, c(31), nvvm.ShflKind.idx)
-                number = arith.bitcast(ir.F32Type.get(), bits)
-            result[place] = vector.broadcast(pair.type, number)
-        return mgpu.FragmentedArray(
-            _registers=result, _layout=matrix.layout, _is_signed=matrix.is_signed
-        )
-
-    return run(matrix)

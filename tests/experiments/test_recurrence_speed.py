@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.recurrence_speed import compile_tpu, errors, shapes
-from experiments.recurrence_speed.ours import inputs
+from experiments.recurrence_speed.ours import inputs, measure
 from pallas_kernels._core.recurrence_bench import Case
 from pallas_kernels._core.testing import relative_error
 
@@ -24,6 +24,13 @@ def test_the_truth_is_the_reference_in_float64():
     found = errors.SIDES["ours: recurrence, fp32"](tokens, cotangent)
     for name, x in zip(errors.NAMES, found, strict=True):
         assert relative_error(x, truth[name]) < 1e-6, name
+
+
+def test_a_decay_of_each_key_feature_is_timed():
+    *times, last = measure(SMALL, "kda")
+    assert [row["pass"] for row in times] == ["forward", "forward_backward"]
+    assert all(row["milliseconds"] > 0 for row in times)
+    assert max(last["relative_errors"]) < 2e-2
 
 
 def test_without_the_peer_is_one_line(tmp_path, capsys, monkeypatch):

@@ -52,6 +52,42 @@ def decays(log, other):
     return each(log - other, change)
 
 
+def of_pairs(matrix, size: int):
+    """What is in rows of later and columns of earlier blocks of a pair of blocks of `size`, else 0.
+
+    matrix [64, 32] in 16 bits, of which two times 32 rows are a square each.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX,),
+        return_type=plgpu.ShapeDtypeStruct(matrix.shape, matrix.dtype, layout=MATRIX),
+    )
+    def run(ctx, matrix):
+        del ctx
+        one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+        equal = arith.CmpIPredicate.eq
+        # By bits, so that LLVM knows where a register has nothing.
+        thread = own_thread()
+        column = arith.andi(arith.shli(thread, number(1)), number(6))
+        row = arith.andi(arith.shrui(thread, number(2)), number(7))
+        row = arith.ori(row, arith.andi(arith.shrui(thread, number(1)), number(16)))
+        registers = np.empty_like(matrix.registers)
+        for place, register in np.ndenumerate(matrix.registers):
+            i, mask = arith.ori(row, number(8 * place[4])), number(0)
+            later = arith.cmpi(equal, arith.andi(i, number(size)), number(size))
+            for e, part in enumerate((0xFFFF, -0x10000)):
+                j = arith.ori(column, number(8 * place[1] + e))
+                apart = arith.andi(arith.xori(i, j), number(-size))
+                paired = arith.andi(later, arith.cmpi(equal, apart, number(size)))
+                mask = arith.ori(mask, arith.select(paired, number(part), number(0)))
+            bits = vector.extract(vector.bitcast(one, register), [], [0])
+            bits = vector.from_elements(one, [arith.andi(bits, mask)])
+            registers[place] = vector.bitcast(register.type, bits)
+        return mgpu.FragmentedArray(_registers=registers, _layout=matrix.layout, _is_signed=None)
+
+    return run(matrix)
+
+
 def reference(matrix, size: int):
     """For each column, that with which the later block of `size` of its pair of blocks begins.
 

@@ -21,7 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._hopper.delta import held_shape, keep, kept
 from pallas_kernels._hopper.levels import HALF, LOG2E
-from pallas_kernels._hopper.registers import decays, put_turned, reference, turned, widened
+from pallas_kernels._hopper.registers import (
+    decays,
+    of_pairs,
+    put_turned,
+    reference,
+    turned,
+    widened,
+)
 from pallas_kernels._hopper.tiles import (
     ACROSS,
     CHUNK,
@@ -91,7 +98,6 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 rows = pl.ds(start + half * HALF, HALF)
                 return turned(summed_ref.at[batch, rows, n, features]) * LOG2E
 
-            G = [logs(0), logs(1)]
             into = out_of = through = None
             if packed:
                 own_ref = documents_ref.at[batch, tokens]
@@ -125,6 +131,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                     same = down(own_ref) == across(own_ref)
                     shown, replaced = (jnp.where(same, x, 0.0) for x in (shown, replaced))
                 overlap = overlaps(states_s, d_states_s)
+                G = logs(0), logs(1)  # on their way while the squares are stored
                 read, stored, written = (
                     plgpu.wgmma_accumulator_load(x, wait_n=0) for x in (read, stored, written)
                 )
@@ -133,18 +140,16 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 put(shown, shown_s)
                 put(-replaced, replaced_s)
                 plgpu.commit_smem()
-                return overlap, read, stored, written
+                return G, overlap, (read, stored, written)
 
             def put(square, target):
                 """The pairs of blocks of each size, both halves in 32 columns."""
-                i, j = (plgpu.broadcasted_iota(jnp.int32, BROAD, x, layout=MATRIX) for x in (0, 1))
                 left, right = square[:, :HALF], square[:, HALF:]
                 target[LARGEST] = left.astype(dtype)
-                within = jnp.where(i < HALF, left, right)
-                i = lax.rem(i, HALF)
+                i = plgpu.broadcasted_iota(jnp.int32, BROAD, 0, layout=MATRIX)
+                within = jnp.where(i < HALF, left, right).astype(dtype)
                 for level, size in enumerate(SIZES):
-                    pairs = (lax.rem(i // size, 2) == 1) & (i // size == j // size + 1)
-                    target[level] = jnp.where(pairs, within, 0.0).astype(dtype)
+                    target[level] = of_pairs(within, size)
 
             def part(ref, half):
                 """Half of the tokens."""
@@ -171,7 +176,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
 
             accumulator = plgpu.ACC(SQUARE, jnp.float32)
             narrow = plgpu.ACC(BROAD, jnp.float32)
-            overlap, *inter = pl.run_scoped(of_states, *[accumulator] * 5)
+            G, overlap, inter = pl.run_scoped(of_states, *[accumulator] * 5)
             end, middle = log_of(CHUNK - 1), log_of(HALF)
             over = overlap * jnp.exp2(end)
             if packed:
@@ -198,11 +203,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
             over = over + jnp.sum(writes, axis=1)
             reads, writes = reads.astype(dtype), writes.astype(dtype)
 
-            def decayed(half):
-                """Over the largest blocks."""
-                return decays(G[half], wide(middle))
-
-            decay, late_decay = decayed(0), decayed(1)
+            decay, late_decay = (decays(log, wide(middle)) for log in G)
             key = decay * part(k_s, 0)
             keep(key.astype(dtype), low_s.at[2])
             queries, keys = ((late_decay * part(x, 1)).astype(dtype) for x in (q_s, k_s))
@@ -222,9 +223,9 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
             d_k, dots = d_k + decay * of_key, (key * of_key).astype(dtype)
             plgpu.barrier_wait(sums_full)
 
-            def finish(half, d_q, d_k, reads, writes, more, over):
+            def finish(half, log, d_q, d_k, reads, writes, more, over):
                 """Adds what goes between tokens of the half. Results replace queries and keys."""
-                log, place = G[half], pl.ds(half * HALF, HALF)
+                place = pl.ds(half * HALF, HALF)
 
                 def of_blocks(level, key, query, of_q, of_k):
                     shown, replaced = (rows_of(x, level, half) for x in (shown_s, replaced_s))
@@ -260,14 +261,14 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 place = pl.ds(start + half * HALF, HALF)
                 put_turned(d_g, d_g_ref.at[batch, place, n, features])
 
-            finish(0, d_q, d_k, reads, writes, dots, first_over)
+            finish(0, G[0], d_q, d_k, reads, writes, dots, first_over)
             d_q, d_k = (kept(parked_s.at[x], BROAD) for x in (0, 1))
-            G[1] = logs(1)  # for want of registers
             of_q, of_k = pl.run_scoped(read_in_second, narrow, narrow)
-            decay = decayed(1)
+            log = logs(1)  # anew, for want of registers
+            decay = decays(log, wide(middle))
             d_q, d_k = d_q + decay * of_q, d_k + decay * of_k
             dots = (decay * (part(q_s, 1) * of_q + part(k_s, 1) * of_k)).astype(dtype)
-            finish(1, d_q, d_k, *(kept(low_s.at[x], BROAD) for x in (0, 1)), dots, over)
+            finish(1, log, d_q, d_k, *(kept(low_s.at[x], BROAD) for x in (0, 1)), dots, over)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s, d_q_ref.at[batch, tokens, n, features])
             plgpu.copy_smem_to_gmem(k_s, d_k_ref.at[batch, tokens, n, features])

@@ -5,9 +5,9 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, memref, nvvm, scf, vector
 
-from pallas_kernels._hopper.levels import divide, indices, number, own_thread
+from pallas_kernels._hopper.levels import divide, indices, number, own_thread, real
 from pallas_kernels._hopper.tiles import MATRIX
 
 
@@ -40,16 +40,70 @@ def widened(matrix):
 
 
 def decays(log, other):
-    """2^-|log - other|, by an instruction that takes the negative magnitude on its way."""
+    """2^-|log - other|."""
 
     def change(registers, place):
-        text = "{.reg .f32 x; abs.f32 x, $1; neg.f32 x, x; ex2.approx.ftz.f32 $0, x;}"
-        return (
-            mgpu.utils.inline_ptx(text, x, result_types=ir.F32Type.get())
-            for x in numbers(registers[place])
-        )
+        return (decayed(x) for x in numbers(registers[place]))
 
     return each(log - other, change)
+
+
+def neighbours(log, q, k, shown, replaced):
+    """d_q, d_k, d_g [64, 32] of what goes between tokens 2 m and 2 m + 1, which a thread has both.
+
+    shown, replaced: P and -R of such tokens in the columns 2 m + 1.
+    """
+    kind = plgpu.ShapeDtypeStruct(log.shape, jnp.float32, layout=MATRIX)
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX,) * 5, return_type=(kind,) * 3)
+    def run(ctx, *matrices):
+        del ctx
+        given = [matrix.registers for matrix in matrices]
+        results = [np.empty_like(given[0]) for _ in range(3)]
+        zero = real(0.0)
+        for place in np.ndindex(given[0].shape):
+            logs, queries, keys, (_, p), (_, r) = (numbers(x[place]) for x in given)
+            decay = decayed(arith.subf(*logs))
+            key = arith.mulf(decay, keys[0])
+            shown = arith.addf(arith.mulf(p, queries[1]), arith.mulf(r, keys[1]))
+            results[0][place] = pair(zero, arith.mulf(p, key))
+            results[1][place] = pair(arith.mulf(decay, shown), arith.mulf(r, key))
+            results[2][place] = pair(zero, arith.mulf(key, shown))
+        return tuple(
+            mgpu.FragmentedArray(_registers=x, _layout=matrices[0].layout, _is_signed=None)
+            for x in results
+        )
+
+    return run(log, q, k, shown, replaced)
+
+
+def put_diagonals(square, target):
+    """To target [2, 64] in shared memory the diagonal, and left of it in odd rows."""
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType()))
+    def run(ctx, square, target):
+        del ctx
+        equal = arith.CmpIPredicate.eq
+        warp, lane = divide(own_thread(), 32)
+        row, column = divide(lane, 4)
+        half, odd = divide(row, 2)
+        odd = arith.cmpi(equal, odd, number(1))
+        branch = scf.IfOp(arith.cmpi(equal, half, column))
+        with ir.InsertionPoint(branch.then_block):
+            for down in range(2):
+                found = [numbers(square.registers[0, 2 * w + down, 0, 0, down, 0, 0, 0, 0])
+                         for w in range(4)]  # fmt: skip
+                first, second = found[0]
+                for w in range(1, 4):
+                    own = arith.cmpi(equal, warp, number(w))
+                    first = arith.select(own, found[w][0], first)
+                    second = arith.select(own, found[w][1], second)
+                at = arith.addi(arith.muli(warp, number(16)), arith.addi(row, number(8 * down)))
+                memref.store(arith.select(odd, second, first), target, indices(number(0), at))
+                memref.store(first, target, indices(number(1), at))
+            scf.yield_([])
+
+    run(square, target)
 
 
 def of_pairs(matrix, size: int):
@@ -91,15 +145,13 @@ def of_pairs(matrix, size: int):
 def reference(matrix, size: int):
     """For each column, that with which the later block of `size` of its pair of blocks begins.
 
-    Four threads have a row, each two neighbours of every eight columns.
+    size: more than 1. Four threads have a row, each two neighbours of every eight columns.
     """
 
     def change(registers, place):
         block = 8 * place[1]
         found = block // (2 * size) * 2 * size + size if size >= 8 else block
-        first, second = numbers(registers[(place[0], found // 8, *place[2:])])
-        if size == 1:
-            return second, second
+        first, _ = numbers(registers[(place[0], found // 8, *place[2:])])
         lane = arith.andi(own_thread(), number(31))
         source = arith.andi(lane, number(28))
         if size == 4:
@@ -154,8 +206,14 @@ def turned_places(place):
     return [indices(arith.addi(column, number(e)), row) for e in (0, 1)]
 
 
+def decayed(log):
+    """2^-|log|, by an instruction that takes the negative magnitude on its way."""
+    text = "{.reg .f32 x; abs.f32 x, $1; neg.f32 x, x; ex2.approx.ftz.f32 $0, x;}"
+    return mgpu.utils.inline_ptx(text, log, result_types=ir.F32Type.get())
+
+
 def numbers(register):
-    return (vector.extract(register, [], [e]) for e in (0, 1))
+    return [vector.extract(register, [], [e]) for e in (0, 1)]
 
 
 def pair(first, second):

@@ -23,7 +23,9 @@ from pallas_kernels._hopper.delta import held_shape, keep, kept
 from pallas_kernels._hopper.levels import HALF, LOG2E
 from pallas_kernels._hopper.registers import (
     decays,
+    neighbours,
     of_pairs,
+    put_diagonals,
     put_turned,
     reference,
     turned,
@@ -38,12 +40,11 @@ from pallas_kernels._hopper.tiles import (
     TILE,
     across,
     down,
-    places,
     tiles,
 )
 from pallas_kernels._hopper.vector_prepare import edges
 
-SIZES = (1, 2, 4, 8, 16)  # tokens of a block within a half of the chunk
+SIZES = (2, 4, 8, 16)  # tokens of a block within a half of the chunk; neighbours are apart
 LARGEST = len(SIZES)  # where the squares of the largest are
 UPTO, AFTER = len(SIZES), len(SIZES) + 1  # among `sums`
 BROAD = (CHUNK, HALF)
@@ -71,7 +72,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
         documents_ref = next(refs) if packed else None
         d_q_ref, d_k_ref, d_g_ref, d_beta_ref = refs
 
-        def body(q_s, k_s, shared, diagonal_s, full, sums_full):
+        def body(q_s, k_s, shared, diagonals_s, full, sums_full):
             (values_s, d_out_s, d_v_s, states_s, d_states_s), later_use = shared
             shown_s, replaced_s, sums_s, parked_s, low_s = later_use
             row, chunk, tile = (lax.axis_index(x) for x in ("row", "chunk", "tile"))
@@ -114,22 +115,12 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 plgpu.wgmma(stored, states_s.T, d_v_s.T)
                 plgpu.wgmma(written, d_states_s.T, values_s.T)
                 shown = plgpu.wgmma_accumulator_load(shown, wait_n=4) * scale
-                replaced = plgpu.wgmma_accumulator_load(replaced, wait_n=3)
-                i, j = places()
-
-                def diagonal(square):
-                    return jnp.sum(jnp.where(i == j, square, 0.0), axis=1)
-
-                diagonal_s[...] = diagonal(shown)
-
-                @pl.when(tile == 0)
-                def _():
-                    weight = plgpu.load(beta_ref.at[batch, n, tokens], layout=DOWN, optimized=False)
-                    d_beta_ref[batch, n, tokens] = diagonal(replaced) / (weight * weight)
-
+                replaced = -plgpu.wgmma_accumulator_load(replaced, wait_n=3)
                 if packed:
                     same = down(own_ref) == across(own_ref)
                     shown, replaced = (jnp.where(same, x, 0.0) for x in (shown, replaced))
+                put_diagonals(shown, diagonals_s.at[0])
+                put_diagonals(replaced, diagonals_s.at[1])
                 overlap = overlaps(states_s, d_states_s)
                 G = logs(0), logs(1)  # on their way while the squares are stored
                 read, stored, written = (
@@ -138,8 +129,15 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 plgpu.commit_smem()  # all warps are done with what the squares replace
                 plgpu.copy_gmem_to_smem(sums_ref, sums_s, sums_full)
                 put(shown, shown_s)
-                put(-replaced, replaced_s)
+                put(replaced, replaced_s)
                 plgpu.commit_smem()
+
+                @pl.when(tile == 0)
+                def _():
+                    weight = plgpu.load(beta_ref.at[batch, n, tokens], layout=DOWN, optimized=False)
+                    itself = plgpu.load(diagonals_s.at[1, 0], layout=DOWN, optimized=False)
+                    d_beta_ref[batch, n, tokens] = -itself / (weight * weight)
+
                 return G, overlap, (read, stored, written)
 
             def put(square, target):
@@ -155,6 +153,10 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 """Half of the tokens."""
                 rows = ref.at[pl.ds(half * HALF, HALF)]
                 return widened(plgpu.load(rows.T, layout=MATRIX))
+
+            def diagonal(which, below, half):
+                """Of `shown` or `replaced`, in all rows."""
+                return across(diagonals_s.at[which, below, pl.ds(half * HALF, HALF)], TILE)
 
             def columns(x, half):
                 return x[:, half * HALF : (half + 1) * HALF]
@@ -189,7 +191,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 before = gate(log, into, half)
                 d_q, d_read = read * before * scale, stored * -before
                 d_written = written * gate(wide(end) - log, out_of, half)
-                itself = across(diagonal_s.at[pl.ds(half * HALF, HALF)], TILE)
+                itself = diagonal(0, 0, half)
                 dots = q * d_q + k * d_read, k * d_written
                 return d_q + itself * k, d_read + d_written + itself * q, *dots
 
@@ -236,8 +238,16 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                     of_q = plgpu.wgmma_accumulator_load(of_q, wait_n=3)
                     return of_q, plgpu.wgmma_accumulator_load(of_k, wait_n=0)
 
+                by_one = neighbours(
+                    log,
+                    part(q_s, half),
+                    part(k_s, half),
+                    diagonal(0, 1, half),
+                    diagonal(1, 1, half),
+                )
+
                 def within(d_g):
-                    new_q, new_k = d_q, d_k
+                    new_q, new_k = d_q + by_one[0], d_k + by_one[1]
                     plgpu.wgmma(d_g, reads, summing(UPTO))
                     plgpu.wgmma(d_g, writes, summing(AFTER))
                     plgpu.wgmma(d_g, more, summing((AFTER, UPTO)[half]))
@@ -257,7 +267,7 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                     q_s.at[place].T[...] = new_q.astype(dtype)
                     k_s.at[place].T[...] = new_k.astype(dtype)
 
-                d_g = pl.run_state(within)(plgpu.ACC.init(wide(over)))
+                d_g = pl.run_state(within)(plgpu.ACC.init(wide(over) + by_one[2]))
                 place = pl.ds(start + half * HALF, HALF)
                 put_turned(d_g, d_g_ref.at[batch, place, n, features])
 
@@ -286,12 +296,12 @@ def gradients(q, k, summed, documents, beta, values, d_out, d_v, states, d_state
                 (
                     squares,
                     squares,
-                    narrow_tiles((4, *BROAD), dtype),
+                    narrow_tiles((3, *BROAD), dtype),
                     plgpu.SMEM((2, *held_shape(*BROAD)), jnp.float32),
                     plgpu.SMEM((3, *held_shape(*BROAD)), dtype),
                 ),
             ),
-            plgpu.SMEM((CHUNK,), jnp.float32),
+            plgpu.SMEM((2, 2, CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=7),
             plgpu.Barrier(num_arrivals=1),
         )
@@ -324,11 +334,11 @@ def sums(dtype):
     """Matrices [s, t] of ones where a decay of t is in what token s reads, or else writes.
 
     Of each size of blocks within their pair, then of all that a half reads, and writes. Two are
-    above each other: [4, 64, 32].
+    above each other: [3, 64, 32].
     """
     s, t = np.arange(HALF)[:, None], np.arange(HALF)
     of = [(s // size == t // size) & ((s // size % 2 == 1) == (t <= s)) for size in SIZES]
-    of += [t <= s, t > s, t > s]  # one more, for an even number
+    of += [t <= s, t > s]
     return jnp.asarray(np.stack(of).reshape(-1, *BROAD), dtype)
 
 

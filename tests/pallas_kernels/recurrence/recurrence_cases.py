@@ -131,18 +131,29 @@ HOPPER_CASES = {
         B=4, T=630, H=8, N=16, K=128, V=128, decay="vector", initial_state=True, dtype="bfloat16"
     ),
 }  # fmt: skip
+# For GPUs alone.
+HOPPER_LONG = {
+    decay: Case(
+        B=1, T=65_536, K=128, V=128, decay=decay, log_decay=-0.02, initial_state=True,
+        dtype="bfloat16",
+    )
+    for decay in ("scalar", "vector")
+}  # fmt: skip
 HOPPER_OPS = ("gated_delta_rule", "gated_linear_attention")
-HOPPER_RUNS = [
-    (op, name)
-    for op in HOPPER_OPS
-    for name, case in HOPPER_CASES.items()
-    if op == "gated_delta_rule" or case.decay != "vector"
-]
+HOPPER_RUNS, HOPPER_LONG_RUNS = (
+    [
+        (op, name)
+        for op in HOPPER_OPS
+        for name, case in cases.items()
+        if op == "gated_delta_rule" or case.decay != "vector"
+    ]
+    for cases in (HOPPER_CASES, HOPPER_LONG)
+)
 
 
 def hopper_arguments(op: str, name: str) -> dict:
     """Of a case; what stands in padding is large, and must not show."""
-    case = HOPPER_CASES[name]
+    case = (HOPPER_CASES | HOPPER_LONG)[name]
     arguments = case.arguments()
     if op == "gated_linear_attention":
         del arguments["beta"]

@@ -324,6 +324,8 @@ def small_disk(tmp_path, monkeypatch):
     yield tmp_path
 
 
+# Writes that Orbax gives up may end after its event loop is closed, and Python says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_stops_the_save_and_not_the_run(small_disk, caplog):
     told = []
     big = make_state(2, rows=60_000)

@@ -11,6 +11,8 @@ Thread t of a warpgroup holds rows 16 (t // 32) + t % 32 // 4 and 8 below that: 
 of number 8 (t // 32) + t % 32 // 4 the query and the key.
 """
 
+import itertools
+
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -23,12 +25,15 @@ SIZES = (1, 2, 4, 8, 16, 32)  # tokens of a block
 HALF = CHUNK // 2  # tokens in later blocks
 LOG2E = 1.4426950408889634
 THREADS = 128  # of a warpgroup
+LOADED = 32  # features of a token that are loaded at once
+SCALAR = plgpu.Layout.WG_SPLAT(())  # a number that all threads have
 
 
-def cumulate(g, half, exponents, *summed):
+def cumulate(g, half, exponents, *summed, least: float):
     """Sums of g [64, 64] over the tokens up to each, as exponents of 2 in shared memory.
 
-    Also as they are, where `summed` is given, in global memory.
+    Also as they are, where `summed` is given, in global memory. What is below `least` counts as
+    that.
 
     Each thread adds up a feature over one half of the tokens; half [2, 64] is for what they need
     of each other.
@@ -43,6 +48,7 @@ def cumulate(g, half, exponents, *summed):
         tokens = [indices(arith.addi(start, number(i)), feature) for i in range(HALF)]
         sums = []
         for addend in [memref.load(g, place) for place in tokens]:
+            addend = arith.maximumf(addend, real(least))
             sums.append(arith.addf(sums[-1], addend) if sums else addend)
         memref.store(sums[-1], half, indices(later, feature))
         mgpu.utils.warpgroup_barrier()
@@ -58,83 +64,91 @@ def cumulate(g, half, exponents, *summed):
     run(g, half, exponents, *summed)
 
 
-def operands(q, k, exponents, right, size: int):
+def operands(q, k, exponents, right, size):
     """Decayed queries and keys of later tokens [64, 64], and in `right` keys of earlier [32, 64].
 
-    q, k [64, 64], right: tiles of shared memory; exponents as of `cumulate`.
+    q, k [64, 64], right: tiles of shared memory; exponents as of `cumulate`; size int32.
     """
     tiled = plgpu.RefType(TILED)
 
     @plgpu.inline_mgpu(
-        arg_types=(tiled, tiled, plgpu.RefType(), tiled),
+        arg_types=(tiled, tiled, plgpu.RefType(), tiled, SCALAR),
         return_type=plgpu.ShapeDtypeStruct(SQUARE, q.dtype, layout=MATRIX),
     )
-    def run(ctx, q, k, exponents, right):
+    def run(ctx, q, k, exponents, right, size):
         del ctx
+        size = size.registers.item()
         m, column = own_place()
         earlier = of_number(m, size)
-        later = arith.addi(earlier, number(size))
+        later = arith.addi(earlier, size)
         middle = first_of(later, size)
         wide = ir.VectorType.get((2,), ir.F32Type.get())
         narrow = ir.VectorType.get((2,), ir.MemRefType(q.type).element_type)
         layout = MATRIX.to_mgpu()
         registers = np.empty(layout.registers_shape(SQUARE), dtype=object)
-        for start in range(0, TILE, 8):
+
+        def taken(start):
+            """Exponents, a key and what of the later token is multiplied, of two features."""
             here = arith.addi(column, number(start))
+            tokens = earlier, middle, later
+            logs = [vector.load(wide, exponents, indices(token, here)) for token in tokens]
+            pairs = (k, earlier), (q, later), (k, later)
+            return here, logs, [vector.load(narrow, x, in_tile(i, here)) for x, i in pairs]
 
-            def exponent(token, here=here):
-                return vector.load(wide, exponents, indices(token, here))
-
-            def decayed(matrix, token, decay, here=here):
-                taken = vector.load(narrow, matrix, in_tile(token, here))
-                return arith.mulf(taken, decay)
-
-            between = exponent(middle)
-            # Rounded, so that two numbers are multiplied at once.
-            until = arith.truncf(narrow, exp2(arith.subf(between, exponent(earlier))))
-            since = arith.truncf(narrow, exp2(arith.subf(exponent(later), between)))
-            vector.store(decayed(k, earlier, until), right, in_tile(m, here))
-            for down, matrix in ((0, q), (8, k)):
-                place = register_at(layout, SQUARE, down, start)
-                registers[place] = decayed(matrix, later, since)
+        for first in range(0, TILE, LOADED):
+            starts = range(first, first + LOADED, 8)
+            # All loads come before the first store, behind which the compiler moves none.
+            loaded = [taken(start) for start in starts]
+            for start, (here, logs, factors) in zip(starts, loaded, strict=True):
+                from_earlier, between, from_later = logs
+                # Rounded, so that two numbers are multiplied at once.
+                until = arith.truncf(narrow, exp2(arith.subf(between, from_earlier)))
+                since = arith.truncf(narrow, exp2(arith.subf(from_later, between)))
+                vector.store(arith.mulf(factors[0], until), right, in_tile(m, here))
+                for down, factor in ((0, factors[1]), (8, factors[2])):
+                    place = register_at(layout, SQUARE, down, start)
+                    registers[place] = arith.mulf(factor, since)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return run(q, k, exponents, right)
+    return run(q, k, exponents, right, size)
 
 
-def put(products, of_queries, of_keys, size: int, more: bool):
-    """Products [64, 32] of `operands` to where their tokens are, those of one pair of blocks.
+def put(products, square, size, tile):
+    """Products [64, 32] of `operands`, of one pair of blocks, to where their tokens are in `square`.
 
-    more: add them to what is there.
+    Those of keys below the diagonal, those of queries above it, [earlier, later]. They are added to
+    those of the tiles of features before, if `tile`, an int32 as `size` is, is not 0.
     """
 
-    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType(), plgpu.RefType()))
-    def run(ctx, products, of_queries, of_keys):
+    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType(), SCALAR, SCALAR))
+    def run(ctx, products, square, size, tile):
         del ctx
+        size, tile = (x.registers.item() for x in (size, tile))
         layout, shape = MATRIX.to_mgpu(), (CHUNK, HALF)
+        more = arith.cmpi(arith.CmpIPredicate.ne, tile, number(0))
         m, column = own_place()
-        later = arith.addi(of_number(m, size), number(size))
-        block = arith.andi(m, number(-size))
-        width = min(size, 2)  # tokens that are neighbours on both sides
-        pair = ir.VectorType.get((width,), ir.F32Type.get())
-        for start in range(0, HALF, 8):
-            for e in range(0, 2, width):
-                n = arith.addi(column, number(start + e))
-                equal = arith.CmpIPredicate.eq
-                paired = arith.cmpi(equal, arith.andi(n, number(-size)), block)
-                place = indices(later, of_number(n, size))
-                branch = scf.IfOp(paired)
-                with ir.InsertionPoint(branch.then_block):
-                    for down, target in ((0, of_queries), (8, of_keys)):
-                        new = products.registers[register_at(layout, shape, down, start)]
-                        if width == 1:
-                            new = vector.extract_strided_slice(pair, new, [e], [1], [1])
-                        if more:
-                            new = arith.addf(new, vector.load(pair, target, place))
-                        vector.store(new, target, place)
-                    scf.yield_([])
+        later = arith.addi(of_number(m, size), size)
+        block = first_of(m, size)
+        mgpu.utils.warpgroup_barrier()  # no warp's product needs its operands any more
+        sums = []
+        for start, e in itertools.product(range(0, HALF, 8), range(2)):
+            n = arith.addi(column, number(start + e))
+            paired = arith.cmpi(arith.CmpIPredicate.eq, first_of(n, size), block)
+            earlier, new = of_number(n, size), []
+            for down, place in ((0, (earlier, later)), (8, (later, earlier))):
+                place = indices(*place)
+                old = arith.select(more, memref.load(square, place), real(0.0))
+                register = products.registers[register_at(layout, shape, down, start)]
+                new.append((arith.addf(old, vector.extract(register, [], [e])), place))
+            sums.append((paired, new))
+        for paired, new in sums:
+            branch = scf.IfOp(paired)
+            with ir.InsertionPoint(branch.then_block):
+                for value, place in new:
+                    memref.store(value, square, place)
+                scf.yield_([])
 
-    run(products, of_queries, of_keys)
+    run(products, square, size, tile)
 
 
 def own_thread():
@@ -152,15 +166,15 @@ def own_place():
     return arith.addi(arith.muli(warp, number(8)), row), arith.muli(pair, number(2))
 
 
-def of_number(m, size: int):
+def of_number(m, size):
     """The m-th token in earlier blocks."""
-    block = arith.muli(arith.andi(m, number(-size)), number(2))
-    return arith.addi(block, arith.andi(m, number(size - 1)))
+    block = first_of(m, size)
+    return arith.addi(m, block)
 
 
-def first_of(token, size: int):
+def first_of(token, size):
     """The first token of a token's block."""
-    return arith.andi(token, number(-size))
+    return arith.andi(token, arith.subi(number(0), size))
 
 
 def in_tile(row, column):

@@ -14,16 +14,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels._hopper import levels
+from pallas_kernels._hopper.arranged import LEAST
 from pallas_kernels._hopper.prepare import PADDED, PAIR, substitute
+from pallas_kernels._hopper.registers import turned
 from pallas_kernels._hopper.tiles import (
     ACROSS,
     CHUNK,
+    DOWN,
     MATRIX,
     SQUARE,
     TILE,
     across,
     down,
     places,
+    product,
     tiles,
 )
 
@@ -62,54 +66,47 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
         documents_ref = next(refs) if packed else None
         read_ref, predict_ref, write_ref, keep_ref, scores_ref, inverse_ref, *summed_ref = refs
 
-        def body(operands_or_inverse, right_s, out_s, scores_s, lower_s, exponents_s, half_s, full):
+        def body(operands_or_inverse, right_s, squares_s, exponents_or_out, half_s, full):
             (q_s, k_s), inverse_s = operands_or_inverse
+            exponents_s, out_s = exponents_or_out
             row = lax.axis_index("row")
             batch, n = row // N, lax.rem(row, N)
             head = n // (N // H)
             first = lax.axis_index("pair") * PAIR
             square = pl.ds(0, CHUNK)
 
-            def of_features(c, tile):
-                """Of a tile of features what is of one chunk's tokens alone; q . k of each."""
+            def of_features(c, tile, own):
+                """Of a tile of features what is of one chunk's tokens alone; adds q . k to own."""
                 chunk, features = first + c, pl.ds(tile * TILE, TILE)
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
 
                 def here(ref):
                     return ref.at[batch, tokens, n, features]
 
-                # What left the tiles before is read, and by all threads.
+                # What left the tile before is read, and by all threads.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
                 for source, target in ((q_ref, q_s), (k_ref, k_s)):
                     source = source.at[batch, tokens, head].at[:, features]
                     plgpu.copy_gmem_to_smem(source, target, full)
-                levels.cumulate(here(g_ref), half_s, exponents_s, *map(here, summed_ref))
+                kept = map(here, summed_ref)
+                levels.cumulate(here(g_ref), half_s, exponents_s, *kept, least=LEAST)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(full)
 
-                def prepared(level):
-                    size, right = levels.SIZES[level], right_s.at[level % 2]
-                    return levels.operands(q_s, k_s, exponents_s, right, size)
-
-                left = prepared(0)
-                for level, size in enumerate(levels.SIZES):
-
-                    def multiply(products, level=level, left=left):
-                        plgpu.wgmma(products, left, right_s.at[level % 2].T)
-                        more = level + 1 < len(levels.SIZES)
-                        following = prepared(level + 1) if more else left
-                        return plgpu.wgmma_accumulator_load(products, wait_n=0), following
-
+                def of_size(_, size):
+                    left = levels.operands(q_s, k_s, exponents_s, right_s, size)
                     plgpu.commit_smem()
-                    accumulator = plgpu.ACC((CHUNK, levels.HALF), jnp.float32)
-                    products, left = pl.run_scoped(multiply, accumulator)
-                    levels.put(products, scores_s, lower_s.at[c], size, more=tile > 0)
-                q, k = (plgpu.load(x, layout=MATRIX).astype(jnp.float32) for x in (q_s, k_s))
+                    products = product(left, right_s.T, (CHUNK, levels.HALF))
+                    levels.put(products, squares_s.at[c], size, tile)
+                    return 2 * size
+
+                lax.fori_loop(0, len(levels.SIZES), of_size, jnp.int32(1))
                 G = plgpu.load(exponents_s.at[:, square], layout=MATRIX, optimized=False)
                 end = exponents_s.at[CHUNK - 1, square]
                 before, after = G, across(end) - G
                 keep = jnp.exp2(plgpu.load(end, layout=ACROSS, optimized=False))
+                plgpu.commit_smem()  # in place of the exponents comes out_s
                 if packed:
                     last, own_last = edges(documents_ref, batch, chunk)
                     index = down(documents_ref.at[batch, tokens], TILE)
@@ -118,6 +115,7 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                     keep = jnp.where(own_last == last, keep, 0.0)
                 keep_ref[batch, n, chunk, features] = keep
                 before, after = jnp.exp2(before), jnp.exp2(after)
+                q, k = (plgpu.load(x, layout=MATRIX).astype(jnp.float32) for x in (q_s, k_s))
                 results = (
                     (q * before, q_s, read_ref),
                     (k * before, k_s, predict_ref),
@@ -128,11 +126,12 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                 plgpu.commit_smem()
                 for _, staged, target in results:
                     plgpu.copy_smem_to_gmem(staged, here(target))
-                return jnp.sum(q * k, axis=1)
+                return own + jnp.sum(q * k, axis=1)
 
             @pl.loop(0, PAIR)
             def _(c):
-                own = sum(of_features(c, tile) for tile in range(K // TILE))
+                none = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), DOWN)
+                own = lax.fori_loop(0, K // TILE, functools.partial(of_features, c), none)
                 chunk = first + c
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
                 i, j = places()
@@ -140,24 +139,23 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                 if packed:
                     index = documents_ref.at[batch, tokens]
                     same = same & (down(index) == across(index))
-
-                def load(ref):
-                    """What lies on the diagonal and above it is not of this chunk."""
-                    return plgpu.load(ref, layout=MATRIX, optimized=False)
-
-                scores = load(scores_s.at[:, square])
+                own_square = squares_s.at[c, :, square]
+                # What lies on the diagonal and above it is not of this chunk, or of the other one.
+                scores = turned(own_square)
                 scores = jnp.where(i == j, lax.broadcast_in_dim(own, SQUARE, [0]), scores)
-                lower = load(lower_s.at[c, :, square]) * down(beta_ref.at[batch, n, tokens])
+                lower = plgpu.load(own_square, layout=MATRIX, optimized=False)
+                lower = lower * down(beta_ref.at[batch, n, tokens])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.commit_smem()
                 out_s[...] = jnp.where(same, scores * scale, 0.0).astype(dtype)
-                lower_s[c, :, square] = jnp.where(same, lower, 0.0)
+                squares_s[c, :, square] = jnp.where(same, lower, 0.0)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s, scores_ref.at[batch, n, chunk])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
             substitute(
-                lower_s, beta_ref.at[batch, n, pl.ds(first * CHUNK, PAIR * CHUNK)], inverse_s
+                squares_s, beta_ref.at[batch, n, pl.ds(first * CHUNK, PAIR * CHUNK)], inverse_s
             )
             plgpu.commit_smem()
             for c in range(PAIR):
@@ -168,11 +166,9 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
         pl.run_scoped(
             body,
             plgpu.RefUnion((operand, operand), plgpu.SMEM((PAIR, *SQUARE), dtype)),
-            tiles((2, levels.HALF, TILE), dtype),
-            operand,
-            plgpu.SMEM(wide, jnp.float32),
+            tiles((levels.HALF, TILE), dtype),
             plgpu.SMEM((PAIR, *wide), jnp.float32),
-            plgpu.SMEM(wide, jnp.float32),
+            plgpu.RefUnion(plgpu.SMEM(wide, jnp.float32), operand),
             plgpu.SMEM((2, TILE), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
         )

@@ -26,7 +26,7 @@ def padded(x, length: int):
 def arranged(q, k, v, g, beta, initial_state, documents):
     """Whole pairs of chunks; gates as [B, N, T]; transposed states; a beta to divide by.
 
-    A decay a key feature stays [B, T, N, K].
+    A decay a key feature stays as it is, [B, T, N, K]: `vector_prepare` cuts it at LEAST.
     """
     length = -(-q.shape[1] // (PAIR * CHUNK)) * PAIR * CHUNK
     if documents is not None:
@@ -35,8 +35,8 @@ def arranged(q, k, v, g, beta, initial_state, documents):
     if g is None:
         g = jnp.zeros((v.shape[0], v.shape[2], length), jnp.float32)
     else:
-        g = padded(jnp.maximum(g, LEAST), length)
-        g = jnp.swapaxes(g, 1, 2) if g.ndim == 3 else g
+        g = padded(g, length)
+        g = jnp.swapaxes(jnp.maximum(g, LEAST), 1, 2) if g.ndim == 3 else g
     if beta is not None:
         beta = jnp.swapaxes(padded(beta, length), 1, 2)
         beta = jnp.where(jnp.abs(beta) < SMALLEST, SMALLEST, beta)

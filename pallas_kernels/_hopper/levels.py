@@ -11,8 +11,6 @@ Thread t of a warpgroup holds rows 16 (t // 32) + t % 32 // 4 and 8 below that: 
 of number 8 (t // 32) + t % 32 // 4 the query and the key.
 """
 
-import itertools
-
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -114,10 +112,10 @@ def operands(q, k, exponents, right, size):
 
 
 def put(products, square, size, tile):
-    """Products [64, 32] of `operands`, of one pair of blocks, to where their tokens are in `square`.
+    """Products [64, 32] of `operands` to where their tokens are, those of one pair of blocks.
 
-    Those of keys below the diagonal, those of queries above it, [earlier, later]. They are added to
-    those of the tiles of features before, if `tile`, an int32 as `size` is, is not 0.
+    Those of keys go below the diagonal of `square`, those of queries above it, [earlier, later].
+    They are added to those of the tiles of features before, if `tile`, int32 as `size`, is not 0.
     """
 
     @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType(), SCALAR, SCALAR))
@@ -125,27 +123,34 @@ def put(products, square, size, tile):
         del ctx
         size, tile = (x.registers.item() for x in (size, tile))
         layout, shape = MATRIX.to_mgpu(), (CHUNK, HALF)
-        more = arith.cmpi(arith.CmpIPredicate.ne, tile, number(0))
+        equal = arith.CmpIPredicate.eq
+        first = arith.cmpi(equal, tile, number(0))
         m, column = own_place()
         later = arith.addi(of_number(m, size), size)
-        block = first_of(m, size)
-        mgpu.utils.warpgroup_barrier()  # no warp's product needs its operands any more
-        sums = []
-        for start, e in itertools.product(range(0, HALF, 8), range(2)):
+
+        def summed(start, e):
+            """Whether a column is of the pair of the row, and new sums with their places."""
             n = arith.addi(column, number(start + e))
-            paired = arith.cmpi(arith.CmpIPredicate.eq, first_of(n, size), block)
-            earlier, new = of_number(n, size), []
+            paired = arith.cmpi(equal, first_of(n, size), first_of(m, size))
+            earlier, sums = of_number(n, size), []
             for down, place in ((0, (earlier, later)), (8, (later, earlier))):
                 place = indices(*place)
-                old = arith.select(more, memref.load(square, place), real(0.0))
+                old = arith.select(first, real(0.0), memref.load(square, place))
                 register = products.registers[register_at(layout, shape, down, start)]
-                new.append((arith.addf(old, vector.extract(register, [], [e])), place))
-            sums.append((paired, new))
-        for paired, new in sums:
-            branch = scf.IfOp(paired)
-            with ir.InsertionPoint(branch.then_block):
-                for value, place in new:
-                    memref.store(value, square, place)
+                sums.append((arith.addf(old, vector.extract(register, [], [e])), place))
+            return paired, sums
+
+        mgpu.utils.warpgroup_barrier()  # no warp's product needs its operands any more
+        # Eight rows are a warp's, and of eight columns all or none are of blocks of their pairs.
+        wide = arith.maxui(size, number(8))
+        for start in range(0, HALF, 8):
+            near = arith.cmpi(equal, first_of(number(start), wide), first_of(m, wide))
+            with ir.InsertionPoint(scf.IfOp(near).then_block):
+                for paired, sums in [summed(start, e) for e in (0, 1)]:
+                    with ir.InsertionPoint(scf.IfOp(paired).then_block):
+                        for value, place in sums:
+                            memref.store(value, square, place)
+                        scf.yield_([])
                 scf.yield_([])
 
     run(products, square, size, tile)

@@ -31,6 +31,8 @@ from pallas_kernels._hopper.tiles import (
     tiles,
 )
 
+NARROW = CHUNK + 4  # floats of a row of squares, so that three programs fit on a multiprocessor
+
 
 class Prepared(NamedTuple):
     """G = `summed`: log decay from the start of each chunk. The rest is as in `chunk.Parts`.
@@ -66,9 +68,9 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
         documents_ref = next(refs) if packed else None
         read_ref, predict_ref, write_ref, keep_ref, scores_ref, inverse_ref, *summed_ref = refs
 
-        def body(operands_or_inverse, right_s, squares_s, exponents_or_out, half_s, full):
+        def body(operands_or_inverse, right_or_half, squares_s, exponents_or_out, full):
             (q_s, k_s), inverse_s = operands_or_inverse
-            exponents_s, out_s = exponents_or_out
+            (right_s, half_s), (exponents_s, out_s) = right_or_half, exponents_or_out
             row = lax.axis_index("row")
             batch, n = row // N, lax.rem(row, N)
             head = n // (N // H)
@@ -106,7 +108,6 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                 end = exponents_s.at[CHUNK - 1, square]
                 before, after = G, across(end) - G
                 keep = jnp.exp2(plgpu.load(end, layout=ACROSS, optimized=False))
-                plgpu.commit_smem()  # in place of the exponents comes out_s
                 if packed:
                     last, own_last = edges(documents_ref, batch, chunk)
                     index = down(documents_ref.at[batch, tokens], TILE)
@@ -114,17 +115,17 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                     after = jnp.where(index == own_last, after, -jnp.inf)
                     keep = jnp.where(own_last == last, keep, 0.0)
                 keep_ref[batch, n, chunk, features] = keep
-                before, after = jnp.exp2(before), jnp.exp2(after)
-                q, k = (plgpu.load(x, layout=MATRIX).astype(jnp.float32) for x in (q_s, k_s))
-                results = (
-                    (q * before, q_s, read_ref),
-                    (k * before, k_s, predict_ref),
-                    (k * after, out_s, write_ref),
-                )
-                for result, staged, _ in results:
-                    staged[...] = result.astype(dtype)
+                k = plgpu.load(k_s, layout=MATRIX).astype(jnp.float32)
+                write = (k * jnp.exp2(after)).astype(dtype)
+                plgpu.commit_smem()  # in place of the exponents comes out_s
+                out_s[...] = write
+                before = jnp.exp2(before)
+                k_s[...] = (k * before).astype(dtype)
+                q = plgpu.load(q_s, layout=MATRIX).astype(jnp.float32)
+                q_s[...] = (q * before).astype(dtype)
                 plgpu.commit_smem()
-                for _, staged, target in results:
+                results = (q_s, read_ref), (k_s, predict_ref), (out_s, write_ref)
+                for staged, target in results:
                     plgpu.copy_smem_to_gmem(staged, here(target))
                 return own + jnp.sum(q * k, axis=1)
 
@@ -162,14 +163,13 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                 plgpu.copy_smem_to_gmem(inverse_s.at[c], inverse_ref.at[batch, n, first + c])
             plgpu.wait_smem_to_gmem(0)
 
-        operand, wide = tiles(SQUARE, dtype), (CHUNK, PADDED)
+        operand = tiles(SQUARE, dtype)
         pl.run_scoped(
             body,
             plgpu.RefUnion((operand, operand), plgpu.SMEM((PAIR, *SQUARE), dtype)),
-            tiles((levels.HALF, TILE), dtype),
-            plgpu.SMEM((PAIR, *wide), jnp.float32),
-            plgpu.RefUnion(plgpu.SMEM(wide, jnp.float32), operand),
-            plgpu.SMEM((2, TILE), jnp.float32),
+            plgpu.RefUnion(tiles((levels.HALF, TILE), dtype), plgpu.SMEM((2, TILE), jnp.float32)),
+            plgpu.SMEM((PAIR, CHUNK, NARROW), jnp.float32),
+            plgpu.RefUnion(plgpu.SMEM((CHUNK, PADDED), jnp.float32), operand),
             plgpu.Barrier(num_arrivals=2),
         )
 

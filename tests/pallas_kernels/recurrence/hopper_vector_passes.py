@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from hopper_passes import by_chunk, by_token, product, rounded
 
+from pallas_kernels._hopper.arranged import LEAST
 from pallas_kernels._hopper.levels import SIZES
 from pallas_kernels._hopper.tiles import CHUNK
 from pallas_kernels._hopper.vector_prepare import Prepared
@@ -29,7 +30,7 @@ def levels(summed):
 def prepare(q, k, g, beta, documents, *, scale, sums=True):
     N, dtype = g.shape[2], q.dtype
     q, k, weight = by_chunk(q, N), by_chunk(k, N), by_chunk(beta)
-    summed = jnp.cumsum(by_chunk(g, N), axis=3)
+    summed = jnp.cumsum(jnp.maximum(by_chunk(g, N), LEAST), axis=3)
     end = summed[..., -1:, :]
     into, out_of, through = jnp.exp(summed), jnp.exp(end - summed), jnp.exp(end)
     same = jnp.ones((1,) * 5, bool)

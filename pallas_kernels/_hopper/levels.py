@@ -156,6 +156,55 @@ def put(products, square, size, tile):
     run(products, square, size, tile)
 
 
+def decay(q, k, exponents, *documents):
+    """Decays queries and keys [64, 64] from the chunk's start; gives keys decayed to its end.
+
+    documents: [64], of the token before the chunk, whose tokens alone q and k keep, and of the last
+    token, whose tokens alone the keys that are given keep.
+    """
+    tiled = plgpu.RefType(TILED)
+    of_documents = (plgpu.RefType(), SCALAR, SCALAR) if documents else ()
+
+    @plgpu.inline_mgpu(
+        arg_types=(tiled, tiled, plgpu.RefType(), *of_documents),
+        return_type=plgpu.ShapeDtypeStruct(SQUARE, q.dtype, layout=MATRIX),
+    )
+    def run(ctx, q, k, exponents, *documents):
+        del ctx
+        warp, lane = divide(own_thread(), 32)
+        row, pair = divide(lane, 4)
+        row, column = arith.addi(arith.muli(warp, number(16)), row), arith.muli(pair, number(2))
+        wide = ir.VectorType.get((2,), ir.F32Type.get())
+        narrow = ir.VectorType.get((2,), ir.MemRefType(q.type).element_type)
+        none = vector.from_elements(wide, [real(0.0)] * 2)
+        layout = MATRIX.to_mgpu()
+        registers = np.empty(layout.registers_shape(SQUARE), dtype=object)
+        for down in (0, 8):
+            token = arith.addi(row, number(down))
+            if documents:
+                own = memref.load(documents[0], indices(token))
+                edges = (x.registers.item() for x in documents[1:])
+                from_start, to_end = (arith.cmpi(arith.CmpIPredicate.eq, own, x) for x in edges)
+            for start in range(0, TILE, 8):
+                here = arith.addi(column, number(start))
+                log = vector.load(wide, exponents, indices(token, here))
+                end = vector.load(wide, exponents, indices(number(CHUNK - 1), here))
+                before, after = exp2(log), exp2(arith.subf(end, log))
+                if documents:
+                    before = arith.select(from_start, before, none)
+                    after = arith.select(to_end, after, none)
+                place = in_tile(token, here)
+                query, key = (arith.extf(wide, vector.load(narrow, x, place)) for x in (q, k))
+                for value, matrix in ((query, q), (key, k)):
+                    decayed = arith.truncf(narrow, arith.mulf(value, before))
+                    vector.store(decayed, matrix, place)
+                result = arith.truncf(narrow, arith.mulf(key, after))
+                registers[register_at(layout, SQUARE, down, start)] = result
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return run(q, k, exponents, *documents)
+
+
 def own_thread():
     """The number of a thread in its warpgroup."""
     i32 = ir.IntegerType.get_signless(32)

@@ -95,6 +95,8 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                 levels.cumulate(here(g_ref), half_s, exponents_s, *kept, least=LEAST)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(full)
+                q, k = (plgpu.load(x, layout=MATRIX).astype(jnp.float32) for x in (q_s, k_s))
+                own = own + jnp.sum(q * k, axis=1)
 
                 def of_size(_, size):
                     left = levels.operands(q_s, k_s, exponents_s, right_s, size)
@@ -104,30 +106,22 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                     return 2 * size
 
                 lax.fori_loop(0, len(levels.SIZES), of_size, jnp.int32(1))
-                G = plgpu.load(exponents_s.at[:, square], layout=MATRIX, optimized=False)
                 end = exponents_s.at[CHUNK - 1, square]
-                before, after = G, across(end) - G
                 keep = jnp.exp2(plgpu.load(end, layout=ACROSS, optimized=False))
+                own_documents = ()
                 if packed:
                     last, own_last = edges(documents_ref, batch, chunk)
-                    index = down(documents_ref.at[batch, tokens], TILE)
-                    before = jnp.where(index == last, before, -jnp.inf)
-                    after = jnp.where(index == own_last, after, -jnp.inf)
+                    own_documents = documents_ref.at[batch, tokens], last, own_last
                     keep = jnp.where(own_last == last, keep, 0.0)
                 keep_ref[batch, n, chunk, features] = keep
-                k = plgpu.load(k_s, layout=MATRIX).astype(jnp.float32)
-                write = (k * jnp.exp2(after)).astype(dtype)
+                write = levels.decay(q_s, k_s, exponents_s, *own_documents)
                 plgpu.commit_smem()  # in place of the exponents comes out_s
                 out_s[...] = write
-                before = jnp.exp2(before)
-                k_s[...] = (k * before).astype(dtype)
-                q = plgpu.load(q_s, layout=MATRIX).astype(jnp.float32)
-                q_s[...] = (q * before).astype(dtype)
                 plgpu.commit_smem()
                 results = (q_s, read_ref), (k_s, predict_ref), (out_s, write_ref)
                 for staged, target in results:
                     plgpu.copy_smem_to_gmem(staged, here(target))
-                return own + jnp.sum(q * k, axis=1)
+                return own
 
             @pl.loop(0, PAIR)
             def _(c):

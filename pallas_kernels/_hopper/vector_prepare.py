@@ -127,6 +127,10 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
             def _(c):
                 none = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), DOWN)
                 own = lax.fori_loop(0, K // TILE, functools.partial(of_features, c), none)
+                squares_s[c, :, CHUNK] = own
+
+            @pl.loop(0, PAIR)
+            def _(c):
                 chunk = first + c
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
                 i, j = places()
@@ -137,7 +141,7 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                 own_square = squares_s.at[c, :, square]
                 # What lies on the diagonal and above it is not of this chunk, or of the other one.
                 scores = turned(own_square)
-                scores = jnp.where(i == j, lax.broadcast_in_dim(own, SQUARE, [0]), scores)
+                scores = jnp.where(i == j, down(squares_s.at[c, :, CHUNK]), scores)
                 lower = plgpu.load(own_square, layout=MATRIX, optimized=False)
                 lower = lower * down(beta_ref.at[batch, n, tokens])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -23,7 +23,6 @@ SIZES = (1, 2, 4, 8, 16, 32)  # tokens of a block
 HALF = CHUNK // 2  # tokens in later blocks
 LOG2E = 1.4426950408889634
 THREADS = 128  # of a warpgroup
-LOADED = 32  # features of a token that are loaded at once
 SCALAR = plgpu.Layout.WG_SPLAT(())  # a number that all threads have
 
 
@@ -86,26 +85,23 @@ def operands(q, k, exponents, right, size):
         registers = np.empty(layout.registers_shape(SQUARE), dtype=object)
 
         def taken(start):
-            """Exponents, a key and what of the later token is multiplied, of two features."""
+            """Exponents of the tokens, and the numbers that are decayed, of two features."""
             here = arith.addi(column, number(start))
             tokens = earlier, middle, later
             logs = [vector.load(wide, exponents, indices(token, here)) for token in tokens]
             pairs = (k, earlier), (q, later), (k, later)
-            return here, logs, [vector.load(narrow, x, in_tile(i, here)) for x, i in pairs]
+            return logs, [vector.load(narrow, x, in_tile(i, here)) for x, i in pairs]
 
-        for first in range(0, TILE, LOADED):
-            starts = range(first, first + LOADED, 8)
-            # All loads come before the first store, behind which the compiler moves none.
-            loaded = [taken(start) for start in starts]
-            for start, (here, logs, factors) in zip(starts, loaded, strict=True):
-                from_earlier, between, from_later = logs
-                # Rounded, so that two numbers are multiplied at once.
-                until = arith.truncf(narrow, exp2(arith.subf(between, from_earlier)))
-                since = arith.truncf(narrow, exp2(arith.subf(from_later, between)))
-                vector.store(arith.mulf(factors[0], until), right, in_tile(m, here))
-                for down, factor in ((0, factors[1]), (8, factors[2])):
-                    place = register_at(layout, SQUARE, down, start)
-                    registers[place] = arith.mulf(factor, since)
+        # All loads come before the first store, behind which the compiler moves none.
+        loaded = [(start, taken(start)) for start in range(0, TILE, 8)]
+        for start, ((from_earlier, between, from_later), (earlier_key, *later_ones)) in loaded:
+            # Rounded, so that two numbers are multiplied at once.
+            until = arith.truncf(narrow, exp2(arith.subf(between, from_earlier)))
+            since = arith.truncf(narrow, exp2(arith.subf(from_later, between)))
+            place = in_tile(m, arith.addi(column, number(start)))
+            vector.store(arith.mulf(earlier_key, until), right, place)
+            for down, one in zip((0, 8), later_ones, strict=True):
+                registers[register_at(layout, SQUARE, down, start)] = arith.mulf(one, since)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return run(q, k, exponents, right, size)
@@ -185,16 +181,19 @@ def decay(q, k, exponents, *documents):
                 own = memref.load(documents[0], indices(token))
                 edges = (x.registers.item() for x in documents[1:])
                 from_start, to_end = (arith.cmpi(arith.CmpIPredicate.eq, own, x) for x in edges)
+            loaded = []
             for start in range(0, TILE, 8):
                 here = arith.addi(column, number(start))
-                log = vector.load(wide, exponents, indices(token, here))
-                end = vector.load(wide, exponents, indices(number(CHUNK - 1), here))
+                ends = (token, number(CHUNK - 1))
+                logs = [vector.load(wide, exponents, indices(i, here)) for i in ends]
+                place = in_tile(token, here)
+                loaded.append((start, place, logs, [vector.load(narrow, x, place) for x in (q, k)]))
+            for start, place, (log, end), pairs in loaded:
                 before, after = exp2(log), exp2(arith.subf(end, log))
                 if documents:
                     before = arith.select(from_start, before, none)
                     after = arith.select(to_end, after, none)
-                place = in_tile(token, here)
-                query, key = (arith.extf(wide, vector.load(narrow, x, place)) for x in (q, k))
+                query, key = (arith.extf(wide, x) for x in pairs)
                 for value, matrix in ((query, q), (key, k)):
                     decayed = arith.truncf(narrow, arith.mulf(value, before))
                     vector.store(decayed, matrix, place)

@@ -204,6 +204,17 @@ def decay(q, k, exponents, *documents):
     return run(q, k, exponents, *documents)
 
 
+def store(x, target, layout):
+    """Store where rows or numbers of a row lie so that banks of shared memory may collide."""
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def run(ctx, x, target):
+        del ctx
+        x.store_untiled(target, optimized=False)
+
+    run(x, target)
+
+
 def own_thread():
     """The number of a thread in its warpgroup."""
     i32 = ir.IntegerType.get_signless(32)

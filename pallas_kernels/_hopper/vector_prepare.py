@@ -127,7 +127,7 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
             def _(c):
                 none = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), DOWN)
                 own = lax.fori_loop(0, K // TILE, functools.partial(of_features, c), none)
-                squares_s[c, :, CHUNK] = own
+                levels.store(own, squares_s.at[c, :, CHUNK], DOWN)
 
             @pl.loop(0, PAIR)
             def _(c):
@@ -147,7 +147,7 @@ def prepare(q, k, g, beta, documents, *, scale, sums=True) -> Prepared:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
                 out_s[...] = jnp.where(same, scores * scale, 0.0).astype(dtype)
-                squares_s[c, :, square] = jnp.where(same, lower, 0.0)
+                levels.store(jnp.where(same, lower, 0.0), own_square, MATRIX)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s, scores_ref.at[batch, n, chunk])
 

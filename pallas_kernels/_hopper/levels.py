@@ -90,7 +90,7 @@ def operands(q, k, exponents, right, size):
             tokens = earlier, middle, later
             logs = [vector.load(wide, exponents, indices(token, here)) for token in tokens]
             pairs = (k, earlier), (q, later), (k, later)
-            return logs, [vector.load(narrow, x, in_tile(i, here)) for x, i in pairs]
+            return logs, [vector.load(narrow, x, in_tile(i, column, start)) for x, i in pairs]
 
         # All loads come before the first store, behind which the compiler moves none.
         loaded = [(start, taken(start)) for start in range(0, TILE, 8)]
@@ -98,7 +98,7 @@ def operands(q, k, exponents, right, size):
             # Rounded, so that two numbers are multiplied at once.
             until = arith.truncf(narrow, exp2(arith.subf(between, from_earlier)))
             since = arith.truncf(narrow, exp2(arith.subf(from_later, between)))
-            place = in_tile(m, arith.addi(column, number(start)))
+            place = in_tile(m, column, start)
             vector.store(arith.mulf(earlier_key, until), right, place)
             for down, one in zip((0, 8), later_ones, strict=True):
                 registers[register_at(layout, SQUARE, down, start)] = arith.mulf(one, since)
@@ -186,7 +186,7 @@ def decay(q, k, exponents, *documents):
                 here = arith.addi(column, number(start))
                 ends = (token, number(CHUNK - 1))
                 logs = [vector.load(wide, exponents, indices(i, here)) for i in ends]
-                place = in_tile(token, here)
+                place = in_tile(token, column, start)
                 loaded.append((start, place, logs, [vector.load(narrow, x, place) for x in (q, k)]))
             for start, place, (log, end), pairs in loaded:
                 before, after = exp2(log), exp2(arith.subf(end, log))
@@ -241,11 +241,14 @@ def first_of(token, size):
     return arith.andi(token, arith.subi(number(0), size))
 
 
-def in_tile(row, column):
-    """Where a number is in memory of `tiles`: in swizzled tiles of 8 rows."""
-    tile, row = divide(row, 8)
-    column = arith.xori(column, arith.muli(row, number(8)))
-    return indices(tile, number(0), row, column)
+def in_tile(row, column, start: int):
+    """Where column + start is in memory of `tiles`: in swizzled tiles of 8 rows.
+
+    column < 8; start, a multiple of 8, so meets the swizzle alone, and is the same for all rows.
+    """
+    swizzled = arith.xori(column, arith.muli(arith.remui(row, number(8)), number(8)))
+    place = arith.addi(arith.muli(row, number(TILE)), swizzled)
+    return indices(number(0), number(0), number(0), arith.xori(place, number(start)))
 
 
 def register_at(layout, shape, down: int, right: int):

@@ -50,7 +50,7 @@ QUALITY = {
 # (shape, lengths, mixers, timed steps, attention's implementation)
 SPEED = {
     "smoke": (TINY, [32], ["attention", "hybrid"], 1, "auto"),
-    "gpu": (BILLION, [8192, 16_384, 32_768, 2048, 65_536], ["attention", "hybrid"], 3, "cudnn"),
+    "gpu": (BILLION, [8192, 65_536, 16_384, 32_768, 2048, 4096], list(MIXERS), 3, "cudnn"),
 }
 # (shape, contexts, mixers, dispatches)
 DECODE = {
@@ -59,7 +59,7 @@ DECODE = {
         # Every layer is compiled apart, so a quarter of the layers.
         Shape(embed_dim=2048, num_layers=4, hidden_dim=6144, vocabulary_size=32_768, head_dim=128,
               length=2048, rows=4, dtype="bfloat16"),
-        [1024, 65_536], ["gated_deltanet", "attention"], 2,
+        [1024, 65_536], list(MIXERS), 2,
     ),
 }  # fmt: skip
 

@@ -15,16 +15,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels._hopper.frame import STAGES, Frame
 from pallas_kernels._hopper.linear import EVERY, of_decay, warpgroups
+from pallas_kernels._hopper.registers import held_shape, keep, kept
 from pallas_kernels._hopper.tiles import (
     CHUNK,
     DOWN,
@@ -39,8 +36,6 @@ from pallas_kernels._hopper.tiles import (
     places,
     tiles,
 )
-
-THREADS = 128  # of a warpgroup
 
 
 def gradients(
@@ -320,50 +315,3 @@ def attend(
         ]
     launch = functools.partial(frame.launch, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return launch(kernel, out)(*operands)
-
-
-def held_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Registers of two numbers, and numbers of all threads in such a register."""
-    return rows * columns // (2 * THREADS), 2 * THREADS
-
-
-def keep(matrix, target):
-    """Store a matrix of 16-bit numbers in global memory as the threads hold it, `held_shape`."""
-
-    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType()))
-    def run(ctx, matrix, target):
-        del ctx
-        for number, register in enumerate(matrix.registers.flat):
-            vector.store(register, target, [at(number), own_column()])
-
-    run(matrix, target)
-
-
-def kept(source, shape):
-    """The matrix that `keep` has stored."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(shape, source.dtype, layout=MATRIX),
-    )
-    def run(ctx, source):
-        del ctx
-        layout = MATRIX.to_mgpu()
-        pair = ir.VectorType.get((2,), ir.MemRefType(source.type).element_type)
-        registers = np.empty(layout.registers_shape(shape), dtype=object)
-        for number, place in enumerate(np.ndindex(registers.shape)):
-            registers[place] = vector.load(pair, source, [at(number), own_column()])
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return run(source)
-
-
-def own_column():
-    """Where a thread has its two numbers in a register of all."""
-    index = ir.IndexType.get()
-    thread = arith.index_cast(index, mgpu.utils.thread_idx())
-    return arith.muli(arith.remui(thread, at(THREADS)), at(2))
-
-
-def at(value: int):
-    return arith.constant(ir.IndexType.get(), value)

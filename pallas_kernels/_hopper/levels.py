@@ -17,12 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, scf, vector
 
+from pallas_kernels._hopper.registers import divide, indices, number, own_thread, real
 from pallas_kernels._hopper.tiles import CHUNK, MATRIX, SQUARE, TILE, TILED
 
 SIZES = (1, 2, 4, 8, 16, 32)  # tokens of a block
 HALF = CHUNK // 2  # tokens in later blocks
 LOG2E = 1.4426950408889634
-THREADS = 128  # of a warpgroup
 SCALAR = plgpu.Layout.WG_SPLAT(())  # a number that all threads have
 
 
@@ -215,14 +215,6 @@ def store(x, target, layout):
     run(x, target)
 
 
-def own_thread():
-    """The number of a thread in its warpgroup."""
-    i32 = ir.IntegerType.get_signless(32)
-    # With side effects, or a loop would keep all that follows from it in registers.
-    thread = mgpu.utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True)
-    return arith.remui(thread, number(THREADS))
-
-
 def own_place():
     """Of a thread the number of its later token, and its first column."""
     warp, lane = divide(own_thread(), 32)
@@ -269,20 +261,3 @@ def exp2(pair):
         )
         pair = vector.insert(power, pair, [], [e])
     return pair
-
-
-def divide(value, by: int):
-    """Quotient and remainder."""
-    return arith.divui(value, number(by)), arith.remui(value, number(by))
-
-
-def indices(*values):
-    return [arith.index_cast(ir.IndexType.get(), value) for value in values]
-
-
-def number(value: int):
-    return arith.constant(ir.IntegerType.get_signless(32), value)
-
-
-def real(value: float):
-    return arith.constant(ir.F32Type.get(), value)

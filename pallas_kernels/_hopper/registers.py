@@ -7,8 +7,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, nvvm, scf, vector
 
-from pallas_kernels._hopper.levels import divide, indices, number, own_thread, real
 from pallas_kernels._hopper.tiles import MATRIX
+
+THREADS = 128  # of a warpgroup
 
 
 def each(matrix, change):
@@ -222,3 +223,75 @@ def pair(first, second):
 
 def as_float(bits):
     return arith.bitcast(ir.F32Type.get(), bits)
+
+
+def held_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Registers of two numbers, and numbers of all threads in such a register."""
+    return rows * columns // (2 * THREADS), 2 * THREADS
+
+
+def keep(matrix, target):
+    """Store a matrix of 16-bit numbers in global memory as the threads hold it, `held_shape`."""
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType()))
+    def run(ctx, matrix, target):
+        del ctx
+        for index, register in enumerate(matrix.registers.flat):
+            vector.store(register, target, [at(index), own_column()])
+
+    run(matrix, target)
+
+
+def kept(source, shape):
+    """The matrix that `keep` has stored."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct(shape, source.dtype, layout=MATRIX),
+    )
+    def run(ctx, source):
+        del ctx
+        layout = MATRIX.to_mgpu()
+        two = ir.VectorType.get((2,), ir.MemRefType(source.type).element_type)
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        for index, place in enumerate(np.ndindex(registers.shape)):
+            registers[place] = vector.load(two, source, [at(index), own_column()])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return run(source)
+
+
+def own_column():
+    """Where a thread has its two numbers in a register of all."""
+    index = ir.IndexType.get()
+    thread = arith.index_cast(index, mgpu.utils.thread_idx())
+    return arith.muli(arith.remui(thread, at(THREADS)), at(2))
+
+
+def at(value: int):
+    return arith.constant(ir.IndexType.get(), value)
+
+
+def own_thread():
+    """The number of a thread in its warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    # With side effects, or a loop would keep all that follows from it in registers.
+    thread = mgpu.utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True)
+    return arith.remui(thread, number(THREADS))
+
+
+def divide(value, by: int):
+    """Quotient and remainder."""
+    return arith.divui(value, number(by)), arith.remui(value, number(by))
+
+
+def indices(*values):
+    return [arith.index_cast(ir.IndexType.get(), value) for value in values]
+
+
+def number(value: int):
+    return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def real(value: float):
+    return arith.constant(ir.F32Type.get(), value)

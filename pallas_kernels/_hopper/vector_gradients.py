@@ -19,10 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._hopper.delta import held_shape, keep, kept
 from pallas_kernels._hopper.levels import HALF, LOG2E
 from pallas_kernels._hopper.registers import (
     decays,
+    held_shape,
+    keep,
+    kept,
     neighbours,
     of_pairs,
     put_diagonals,

@@ -1,5 +1,6 @@
 """Rows of an experiment, kept as JSON while it runs."""
 
+import argparse
 import itertools
 import json
 import sys
@@ -42,6 +43,13 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.values, indent=1) + "\n")
         print(json.dumps(row), flush=True)
+
+
+def positive(text: str) -> int:
+    """A number on the command line, at least 1: the `type` of an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def attempt(row: Row, measure: Callable[[], Row]) -> Row:

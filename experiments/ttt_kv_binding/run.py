@@ -15,7 +15,7 @@ from typing import Any
 import speed
 from models import METHODS, QUALITY, SPEED, Run, make_config
 
-from efficient_lm.evaluation.results import Results, attempt_prepared
+from efficient_lm.evaluation.results import Results, attempt_prepared, positive
 from efficient_lm.model.definition import define
 from efficient_lm.training.in_memory import load_batches, prepare_evaluator, prepare_training
 
@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("speed", "quality"),
                         default=["speed", "quality"])  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--steps", type=int, help="default: those of the arm")
+    parser.add_argument("--steps", type=positive, help="default: those of the arm")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the arm")
     parser.add_argument(
-        "--at_once", type=int, default=1,
+        "--at_once", type=positive, default=1,
         help="programs compiled at the same time; they run one after the other",
     )  # fmt: skip
     given = parser.parse_args()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from models import ARMS, METHODS, Run, make_config
 
-from efficient_lm.evaluation.results import Results, attempt_prepared
+from efficient_lm.evaluation.results import Results, attempt_prepared, positive
 from efficient_lm.inference.speed import state_bytes
 from efficient_lm.model.definition import define
 from efficient_lm.training.in_memory import load_batches, prepare_evaluator, prepare_training
@@ -70,9 +70,9 @@ def main() -> None:
         "--parts", nargs="+", choices=("text", "recall"), default=["text", "recall"]
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--steps", type=int, help="default: those of the arm")
+    parser.add_argument("--steps", type=positive, help="default: those of the arm")
     parser.add_argument(
-        "--at_once", type=int, default=1,
+        "--at_once", type=positive, default=1,
         help="models compiled at the same time; they train one after the other",
     )  # fmt: skip
     given = parser.parse_args()

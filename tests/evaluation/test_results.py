@@ -1,11 +1,14 @@
 """Results are kept as they come, and a failure costs one row."""
 
+import argparse
 import functools
 import json
 import sys
 import threading
 
-from efficient_lm.evaluation.results import Results, attempt, attempt_prepared
+import pytest
+
+from efficient_lm.evaluation.results import Results, attempt, attempt_prepared, positive
 
 
 def fails():
@@ -30,6 +33,17 @@ def test_a_failure_is_a_row_in_one_short_line():
     row = attempt({"a": 1}, fails)
     assert row["a"] == 1 and row["error"].startswith("RuntimeError: out of memory")
     assert len(row["error"]) <= 300
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "2.5", "many", ""])
+def test_a_number_below_one_is_refused_in_a_line(text, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--at_once", type=positive)
+    assert parser.parse_args(["--at_once=12"]).at_once == 12
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([f"--at_once={text}"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"argument --at_once: {text!r} is not a whole number of at least 1")
 
 
 def test_jobs_prepare_together_run_alone_and_one_that_fails_stops_no_other():

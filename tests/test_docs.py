@@ -205,4 +205,4 @@ def test_the_ci_script_runs_the_test_line_of_the_readme():
     subprocess.run(["bash", "-n", ROOT / ".ci/run"], check=True)
     pattern = re.search(r'grep -m1 -x "(.*)" README.md', script)[1]
     lines = [line for line in TEXTS["README.md"].splitlines() if re.fullmatch(pattern, line)]
-    assert lines == ["pip install -e '.[test]' && pytest"]
+    assert lines == ["pip install -e '.[test]' && pytest -n auto --dist loadfile"]

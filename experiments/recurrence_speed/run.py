@@ -13,6 +13,7 @@ import sys
 
 from shapes import OPS, SHAPES
 
+SIDES = ("ours", "fla", "ours_again")
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -21,9 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the rows of all three processes; a process that fails leaves its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=pathlib.Path)
-    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
-    parser.add_argument("--ops", nargs="+", default=OPS)
-    parser.add_argument("--sides", nargs="+", default=["ours", "fla", "ours_again"])
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names)
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     flags = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     report = {"command": "python experiments/recurrence_speed/run.py " + " ".join(given)}
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 def table(report: dict) -> str:
     """Milliseconds of a pass by side, a line each."""
     found: dict[tuple, dict] = {}
-    for side in ("ours", "fla", "ours_again"):
+    for side in SIDES:
         for row in report.get(side, {"rows": []})["rows"]:
             place = row["shape"], row["op"], row["pass"]
             if row["pass"] == "errors":
@@ -74,7 +76,7 @@ def table(report: dict) -> str:
                 found.setdefault(place, {})[side] = f"{row['milliseconds']:.3f}"
     lines = ["| shape | op | pass | ours | fla | ours again |", "| --- " * 6 + "|"]
     for place, sides in found.items():
-        values = [sides.get(side, "") for side in ("ours", "fla", "ours_again")]
+        values = [sides.get(side, "") for side in SIDES]
         lines.append("| " + " | ".join([*place, *values]) + " |")
     return "\n".join(lines)
 

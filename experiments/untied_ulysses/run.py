@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,9 +60,16 @@ def method(name: str, devices: int) -> dict:
     """Fields of config.parallel: "ulysses", "ring", or "upipe" with its heads at once."""
     if name == "ring":
         return {"ring": devices}
-    if name.startswith("upipe"):
-        return {"sequence": devices, "heads_at_once": int(name.removeprefix("upipe"))}
-    return {"sequence": devices}
+    if name == "ulysses":
+        return {"sequence": devices}
+    return {"sequence": devices, "heads_at_once": int(name.removeprefix("upipe"))}
+
+
+def method_name(text: str) -> str:
+    """One that `method` knows, on the command line."""
+    if not re.fullmatch(r"ulysses|ring|upipe[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ulysses, ring or upipeN, of N heads")
+    return text
 
 
 def versions() -> dict[str, str]:
@@ -83,7 +91,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--layers", type=int, default=1, help="of the model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[131_072, 524_288, 1_048_576])
-    parser.add_argument("--methods", nargs="+", default=["ulysses", "upipe2", "upipe8", "ring"])
+    parser.add_argument("--methods", nargs="+", type=method_name,
+                        default=["ulysses", "upipe2", "upipe8", "ring"])  # fmt: skip
     parser.add_argument("--steps", type=int, default=2, help="timed; 0: compile only")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing new after")

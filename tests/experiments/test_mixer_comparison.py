@@ -28,6 +28,15 @@ def arms(monkeypatch):
         sys.modules.pop(name)
 
 
+def test_what_cannot_be_run_is_said_before_anything_runs(tmp_path):
+    out = tmp_path / "x.json"
+    command = [sys.executable, str(FOLDER / "run.py"), "--arm=cpu_small_state", f"--out={out}",
+               "--part", "recall", "language"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and not out.exists()
+    assert "--part=language has the arms" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_every_part_gives_its_rows(tmp_path):
     out = tmp_path / "x.json"
@@ -65,7 +74,7 @@ def test_the_models_of_the_speed_part_have_the_same_parameters(arms):
     shape = arms.SPEED["gpu"][0]
     counts = {
         mixer: define(arms.speed.make_config(shape, mixer, "auto").model).count()
-        for mixer in ("attention", "hybrid", "gated_deltanet")
+        for mixer in arms.MIXERS
     }
     assert 0.85e9 < counts["attention"] < 1.2e9
     assert max(counts.values()) < 1.01 * min(counts.values())

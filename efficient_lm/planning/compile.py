@@ -162,7 +162,11 @@ def decode_program(config: Config, topology: Topology, batch: int, context: int)
 
 
 def compile_program(program: Program) -> Compiled:
-    """Compile it; a program that is too large for the memory is a result too, not an error."""
+    """Compile it; a program that is too large for the memory is a result too, not an error.
+
+    ConfigError where what waits in the memory of the host is too large for that: then the compiler
+    says nothing of the rest.
+    """
     with tempfile.TemporaryDirectory() as directory:
         # Written files can be read for every backend, and also where the program does not fit;
         # `as_text` of JAX 0.10 cannot for some chips.
@@ -174,6 +178,7 @@ def compile_program(program: Program) -> Compiled:
                 lowered = program.traced.lower()
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
+            _check_host(str(error))
             needed = _needed(str(error))
             if needed is None:
                 raise
@@ -201,6 +206,18 @@ def bytes_per_device(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def _check_host(message: str) -> None:
+    """ConfigError where this is the compiler's message that an array exceeds the host's memory."""
+    found = re.search(r"size=(\d+)\) would exceed memory \(size=(\d+)\).*\.host ", message)
+    if found:
+        asked, available = (int(n) / 2**30 for n in found.groups())
+        raise ConfigError(
+            f"what config.model.remat=offload keeps takes {asked:.1f} GiB of the host's memory for "
+            f"each device, of {available:.1f} GiB; use more devices, fewer tokens a step or "
+            "config.model.remat=full"
+        )
 
 
 def _needed(message: str) -> int | None:

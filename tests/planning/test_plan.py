@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from efficient_lm.config import Config
 from efficient_lm.errors import ConfigError
 from efficient_lm.planning import estimate, tables
-from efficient_lm.planning.compile import train_program
+from efficient_lm.planning.compile import compile_program, train_program
 from efficient_lm.planning.planner import make_plan
 from efficient_lm.planning.report import write_report
 from efficient_lm.planning.topologies import find_topology
@@ -130,6 +131,19 @@ def test_the_compilers_refusal_is_a_plan_too(v5e):
     text = tables.text({**plan, "advice": "--config.model.remat=full"})
     assert "does not fit" in text and "the largest term is saved activations" in text
     assert "nearest change that would fit: --config.model.remat=full" in text
+
+
+def test_too_much_for_the_memory_of_the_host_is_said_so(v5e):
+    message = "RESOURCE_EXHAUSTED: Allocation (size=274877906944) would exceed memory (size=1374389"
+    message += "53472) :: %s0 = inlined_call_operand.host [shape: bf16[1024,8192,128,128]"
+
+    class Refused:  # a real one compiles for a minute
+        def lower(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    program = replace(train_program(config(), v5e), traced=Refused())
+    with pytest.raises(ConfigError, match=r"offload keeps takes 256.0 GiB .* of 128.0 GiB; use"):
+        compile_program(program)
 
 
 def test_estimates_are_near_what_compiles(v5e, plan):

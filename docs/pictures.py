@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from docs import headlines
 from docs.tables import QUICKSTART, ROOT
 from efficient_lm import masks
 
@@ -23,6 +24,7 @@ STYLE = {
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "path",
     "svg.hashsalt": "efficient_lm",
 }  # fmt: skip
+MIXERS = {"attention": INK, "hybrid": BLUE, "gated_deltanet": ORANGE, "mamba2": "#6b9a5b"}
 MONO = {"family": "DejaVu Sans Mono"}
 
 CONFIG = """\
@@ -187,16 +189,59 @@ def surprise() -> Figure:
     return figure
 
 
+def numbers() -> Figure:
+    """Recurrent ops beside the fastest peer, training steps by length, recall by pairs."""
+    figure = Figure(figsize=(11.5, 3.5))
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.25, 1, 1])
+    figure.subplots_adjust(left=0.125, right=0.985, top=0.87, bottom=0.14, wspace=0.2)
+    _title(left, "Our kernels, times faster than fla's")
+    bars = headlines.speedups()
+    for place, (name, what, ratio) in enumerate(bars[::-1]):
+        left.barh(place, ratio, color=BLUE if what == "forward" else ORANGE, height=0.7)
+        left.text(ratio + 0.04, place, f"{ratio:.2f}", va="center", fontsize=8)
+        left.text(-0.04, place, name, va="center", ha="right", fontsize=8)
+    for what, color in (("forward", BLUE), ("forward + backward", ORANGE)):
+        left.barh(0, 0, color=color, label=what)
+    left.axvline(1.0, color=INK, linewidth=0.8)
+    left.set(yticks=[], xlabel="flash-linear-attention / ours, one H200, bf16", xlim=(0, 3.9))
+    left.legend(frameon=False, loc=(0.54, 0.22), fontsize=7.5)
+    _title(middle, "Training 0.94 B, 1000 tokens/s")
+    rates = headlines.training_rates()
+    _lines(middle, {m: {n: rate / 1e3 for n, rate in x.items()} for m, x in rates.items()})
+    middle.set(xlabel="tokens a row", ylim=(0, None))
+    _title(right, "Recall by key-value pairs")
+    _lines(right, headlines.recall())
+    right.set(xlabel="pairs in a row of 128 tokens", ylim=(0, 1.05))
+    right.legend(frameon=False, fontsize=7.5)
+    for axes in (left, middle, right):
+        _plain(axes)
+    return figure
+
+
+def _lines(axes, series: dict[str, dict[int, float]]) -> None:
+    """Values of mixers by powers of two."""
+    for mixer, values in series.items():
+        axes.plot(values.keys(), values.values(), marker="o", markersize=4, color=MIXERS[mixer],
+                  linestyle=":" if mixer == "attention" else "-", label=mixer)  # fmt: skip
+    places = sorted({place for values in series.values() for place in values})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{p // 1024}k" if p >= 1024 else str(p) for p in places])
+    axes.minorticks_off()
+
+
 PICTURES: dict[Path, Callable[[], Figure]] = {
     FOLDER / "overview.svg": overview,
     FOLDER / "masks.svg": mask_algebra,
     FOLDER / "surprise.svg": surprise,
+    FOLDER / "numbers.svg": numbers,
 }
 
 
 def digest() -> str:
     """A hash of all that the pictures are made from: this file and the results it reads."""
-    paths = [Path(__file__), ROOT / "efficient_lm/masks.py", QUICKSTART]
+    paths = [Path(__file__), Path(headlines.__file__), ROOT / "efficient_lm/masks.py", QUICKSTART]
+    for name in headlines.RESULTS:
+        paths += sorted(ROOT.glob(name))
     content = b"".join(path.read_bytes() for path in paths if path.exists())
     return hashlib.sha256(content).hexdigest()[:16]
 

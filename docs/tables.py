@@ -267,81 +267,6 @@ def fsdp_scaling() -> str:
     return table(("devices", "tokens/s", "of one device, each", "peak GB", ""), rows)
 
 
-def recurrences() -> str:
-    """Recurrent ops beside flash-linear-attention's; of a row measured twice, the last file."""
-    sides: dict[str, dict[tuple, Any]] = {"ours": {}, "fla": {}}
-    for result in results("experiments/recurrence_speed/results/*.json"):
-        for side in sides.keys() & result.keys():
-            for row in result[side]["rows"]:
-                place = row["shape"], row["op"], row["pass"]
-                sides[side][place] = row | {"from": source(result)}
-    rows = []
-    for place, ours in sides["ours"].items():
-        shape, op, name = place
-        if name == "errors":
-            continue
-        errors = sides["ours"].get((shape, op, "errors"), {}).get("relative_errors")
-        if errors and name == "forward":
-            errors = errors[:1]
-        peer = sides["fla"].get(place, {})
-        time, theirs = ours.get("milliseconds"), peer.get("milliseconds")
-        links = dict.fromkeys(x["from"] for x in (ours, peer) if x)
-        rows.append((
-            shape, op, name.replace("_", " + "), three_digits(time),
-            short(peer["error"], 40) if "error" in peer else three_digits(theirs),
-            number(theirs / time if theirs and time else None, ".2f", "x"),
-            number(max(errors) if errors else None, ".1e"), ", ".join(links),
-        ))  # fmt: skip
-    header = ("shape", "op", "pass", "ours, ms", "fla, ms", "fla / ours", "error", "from")
-    return table(header, rows, left=3)
-
-
-def mixers() -> str:
-    """What models of one size with different mixers learn: text, and recall by number of pairs."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for result in results("experiments/gated_deltanet/results/*.json"):
-        for row in result["rows"]:
-            if row["what"] in ("language", "recall") and "error" not in row:
-                place = (device(result), row["mixer"], source(result))
-                found.setdefault(place, {})[row["what"]] = row
-    rows = []
-    for (where, mixer, link), entry in found.items():
-        recall = entry.get("recall", {"accuracy": {}})
-        accuracy = ", ".join(f"{pairs}: {a:.3f}" for pairs, a in recall["accuracy"].items())
-        rows.append((
-            where, mixer, accuracy or "-", number(recall.get("memory_bytes"), ","),
-            number(entry.get("language", {}).get("bits_per_byte"), ".3f"), link,
-        ))  # fmt: skip
-    header = ("device", "mixer", "recall by pairs", "memory bytes", "bits per byte", "from")
-    return table(header, rows, left=3)
-
-
-def mixer_speed() -> str:
-    """Training steps and decoding of models of one size with different mixers, by length."""
-    rows = []
-    for result in results("experiments/gated_deltanet/results/*.json"):
-        speeds = [row for row in result["rows"] if row["what"] in ("speed", "decode")]
-        for row in sorted(speeds, key=lambda row: row.get("length", row.get("context"))):
-            length = row.get("length", row.get("context"))
-            start = (device(result), {"speed": "training"}.get(row["what"], "decoding"))
-            if "error" in row:
-                rows.append((*start, row["mixer"], f"{length:,}", short(row["error"], 40), "-", "-",
-                             source(result)))  # fmt: skip
-                continue
-            rate = row["tokens_per_second"]
-            full = [r["tokens_per_second"] for r in speeds
-                    if (r["mixer"], r["what"]) == ("attention", row["what"]) and "error" not in r
-                    and r.get("length", r.get("context")) == length]  # fmt: skip
-            rows.append((
-                *start, row["mixer"], f"{length:,}", number(rate, ",.0f"),
-                number(rate / full[-1] if full else None, ".2f", "x"),
-                number(row.get("state_bytes"), ","), source(result),
-            ))  # fmt: skip
-    header = ("device", "what", "mixer", "tokens", "tokens/s", "of attention's", "state bytes",
-              "from")  # fmt: skip
-    return table(header, rows, left=3)
-
-
 def explanation() -> str:
     """What `explain` says on a CPU."""
     import jax
@@ -364,9 +289,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "long_context": long_context,
     "fsdp_scaling": fsdp_scaling,
-    "recurrences": recurrences,
-    "mixers": mixers,
-    "mixer_speed": mixer_speed,
     "configs": configs,
     "explanation": explanation,
 }

@@ -20,15 +20,16 @@ from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/numbers.md")
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 EVERYTHING = "\n".join(TEXTS.values())
 
 
 def test_generated_parts_are_up_to_date():
-    for path in build.READMES:
+    for path in build.DOCUMENTS:
         text = path.read_text()
-        assert build.readme(text) == text, f"{path}: run python -m docs.build"
+        folder = path.parent.relative_to(ROOT).as_posix()
+        assert build.document(text, folder) == text, f"{path}: run python -m docs.build"
     assert pictures.outdated() == [], "run python -m docs.build"
 
 
@@ -41,7 +42,7 @@ def test_the_quickstart_shown_is_that_of_the_config():
 
 
 def test_every_block_and_picture_is_shown():
-    texts = [path.read_text() for path in build.READMES]
+    texts = [path.read_text() for path in build.DOCUMENTS]
     shown = [match[2] for text in texts for match in build.MARKER.finditer(text)]
     assert sorted(shown) == sorted(build.BLOCKS)
     files = sorted(path for path in pictures.FOLDER.iterdir())
@@ -51,11 +52,11 @@ def test_every_block_and_picture_is_shown():
 
 def test_an_unknown_block_is_refused_and_old_content_replaced():
     with pytest.raises(ValueError, match="nonsense"):
-        build.readme("<!-- generated: nonsense -->\n<!-- end of nonsense -->")
+        build.document("<!-- generated: nonsense -->\n<!-- end of nonsense -->")
     old = "a\n<!-- generated: explanation -->\nold\n<!-- end of explanation -->\nb"
-    new = build.readme(old)
+    new = build.document(old)
     assert "old" not in new and new.startswith("a\n") and new.endswith("\nb")
-    assert build.readme(new) == new
+    assert build.document(new) == new
 
 
 def test_missing_results_give_no_rows(tmp_path, monkeypatch):
@@ -63,7 +64,7 @@ def test_missing_results_give_no_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "QUICKSTART", tmp_path / "none.json")
     for name, block in build.BLOCKS.items():
         if name != "explanation":
-            assert block() == tables.NOT_MEASURED
+            assert block() == tables.NOT_MEASURED, name
 
 
 def test_losing_and_failed_rows_are_shown(tmp_path, monkeypatch):
@@ -106,7 +107,8 @@ def test_numbers_have_three_digits_and_no_exponent():
 def test_relative_links_exist(name):
     links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[name])
     missing = [link for link in links
-               if "://" not in link and not (ROOT / link.partition("#")[0]).exists()]  # fmt: skip
+               if "://" not in link
+               and not ((ROOT / name).parent / link.partition("#")[0]).exists()]  # fmt: skip
     assert missing == []
 
 

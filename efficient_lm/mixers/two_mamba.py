@@ -27,8 +27,8 @@ class TwoMambaOptions:
     """Fields of `config.model.mixers.two_mamba`.
 
     score: of a query and a key, before the decay. "square": 2Mamba; "exponential": 2Mamba-E, which
-    needs a cache of keys and values; "linear": Mamba-2S, whose values are scaled by a step and
-    whose heads are normalised by RMSNorm, the others by the sum of their weights.
+    needs a cache of keys and values; "linear": Mamba-2S, whose values are scaled by a step
+    softplus(W x) and whose output has an RMSNorm; the others divide by the sum of their weights.
     """
 
     num_heads: int = 4
@@ -37,9 +37,15 @@ class TwoMambaOptions:
     # Log decay of a token: -softplus(W x), or Mamba-2's -A softplus(W x + b) with A learned.
     decay: Literal["softplus", "step"] = "softplus"
     convolution_width: int = 2  # tokens that q, k and v are mixed of; 1: no mixing
+    norm: Literal["all", "head"] = "all"  # for "linear" scores: heads that the RMSNorm is over
     # Of pallas_kernels.second_order_attention for "square" and gated_linear_attention for "linear"
     # scores; those of "exponential" have no choice.
     implementation: str = "auto"
+
+    @property
+    def joins_heads(self) -> bool:
+        """Whether `output` needs all heads at once."""
+        return self.score == "linear" and self.norm == "all"
 
     def sizes(self, model: ModelConfig) -> tuple[int, int]:
         """(heads, head dim)."""
@@ -91,9 +97,10 @@ class TwoMamba(nnx.Module):
             self.log_rate = recurrent.log_rate(rngs, each_head, 1.0, 16.0)
         if options.decay == "step" or options.score == "linear":
             self.step = projection(each_head)
+        if options.decay == "step":
             self.step_bias = recurrent.step_bias(rngs, each_head)
         if options.score == "linear":
-            self.norm = constant(1.0, {"head_dim": head_dim})
+            self.norm = constant(1.0, features)
         self.core_reads = tuple(name for name in self.head_axes if hasattr(self, name))
         self.out = matrix(
             rngs, model, features | embed, inputs=list(features), outputs=["embed"], residual=True
@@ -136,8 +143,10 @@ class TwoMamba(nnx.Module):
                 new[name] = kept
         query, key, value = convolved
         if hasattr(self, "step"):
-            bias = cast(self.step_bias, jnp.float32)
-            step = jax.nn.softplus(projected["step"] + bias[None, None])
+            step = projected["step"]
+            if self.options.decay == "step":
+                step = step + cast(self.step_bias, jnp.float32)[None, None]
+            step = jax.nn.softplus(step)
         if self.options.decay == "softplus":
             log_decay = -jax.nn.softplus(projected["decay"])
         else:
@@ -207,9 +216,18 @@ class TwoMamba(nnx.Module):
     def output(
         self, mixed: Float[Array, "B T N H"], projected: dict[str, Array], context: Context
     ) -> Float[Array, "B T D"]:
-        """Per token: RMSNorm of each head for linear scores, then the output matrix."""
+        """Per token: RMSNorm for linear scores, then the output matrix."""
         if self.options.score == "linear":
-            mixed = recurrent.gated_norm(mixed, self.norm[...], None, jax.nn.silu, self.epsilon)
+            axes = (2, 3) if self.options.joins_heads else (3,)
+
+            @recurrent.kept_inputs
+            def norm(x, scale):
+                wide = x.astype(jnp.float32)
+                mean_square = jnp.mean(wide * wide, axis=axes, keepdims=True)
+                wide = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+                return (wide * scale[None, None]).astype(x.dtype)
+
+            mixed = norm(mixed, cast(self.norm, jnp.float32))
         # Letters in the order of the axes, as in `attention`.
         y = jnp.einsum("bthk,hkd->btd", mixed, cast(self.out, mixed.dtype))
         return context.shard(y, "batch", "residual_length", "embed")

@@ -7,6 +7,8 @@ from efficient_lm.config import Config, ModelConfig, layer
 from efficient_lm.training.in_memory import equal_hidden_dim
 
 METHODS = ("softmax", "two_mamba_e", "two_mamba", "mamba_2s", "mamba2")
+# The paper's way to 2Mamba, of which `mamba_2s` and `two_mamba` are the end.
+LADDER = ("linear", "linear_convolution", "mamba_2s_step", "two_mamba_step")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ def layers(method: str, run: Run) -> tuple:
         "two_mamba": (layer("two_mamba", **heads),),
         "two_mamba_e": (layer("two_mamba", score="exponential", **heads),),
         "mamba_2s": (layer("two_mamba", score="linear", **heads),),
+        # The decay of Mamba-2 in the place of -softplus(W x).
+        "mamba_2s_step": (layer("two_mamba", score="linear", decay="step", **heads),),
+        "two_mamba_step": (layer("two_mamba", decay="step", **heads),),
+        "linear": (layer("linear_attention", feature_map="relu", **heads),),
+        "linear_convolution": (
+            layer("linear_attention", feature_map="identity", normalize="rms",
+                  convolution_width=2, **heads),
+        ),
         "mamba2": (
             layer("mamba2", head_dim=run.head_dim, state_dim=min(4 * run.head_dim, 128)),
         ),

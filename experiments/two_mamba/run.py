@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from models import ARMS, METHODS, Run, make_config
+from models import ARMS, LADDER, METHODS, Run, make_config
 
 from efficient_lm.evaluation.results import Results, attempt_prepared, positive
 from efficient_lm.inference.speed import state_bytes
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=("text", "recall"), default=["text", "recall"]
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS + LADDER, default=METHODS)
     parser.add_argument("--steps", type=positive, help="default: those of the arm")
     parser.add_argument(
         "--at_once", type=positive, default=1,

@@ -71,7 +71,7 @@ CASES = {
     "two_mamba": {
         "square": {"num_heads": 2},
         "exponential": {"num_heads": 4, "score": "exponential", "decay": "step"},
-        "linear": {"num_heads": 1, "score": "linear"},
+        "linear": {"num_heads": 2, "score": "linear"},
     },
     "kda": {
         "shared_keys": {

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from efficient_lm.config import Config, ModelConfig, layer
 from efficient_lm.errors import ConfigError
@@ -14,7 +15,8 @@ from efficient_lm.mixers import fast_weights
 from efficient_lm.mixers.document_chunks import make_layout
 from efficient_lm.mixers.fast_weight_rows import read_rows
 from efficient_lm.mixers.fast_weights import Chunk, Rule, Steps, apply, hidden
-from efficient_lm.mixers.ttt import LADDER, TTTOptions, ladder
+from efficient_lm.mixers.ttt import LADDER, TTT, TTTOptions, ladder
+from efficient_lm.model.context import Context
 from pallas_kernels._core.recurrence import documents
 
 B, M, C, N, K, H = 2, 4, 6, 2, 3, 5
@@ -87,6 +89,66 @@ def test_the_last_matrix_is_a_sum_over_keys_with_features_that_change(rng):
             value = factor[:, None, :, None] * value
             total = total + jnp.einsum("bcnh,bcnv->bnhv", keys[i], value)
         np.testing.assert_allclose(weights["last"], total, rtol=1e-10, atol=1e-10)
+
+
+def test_the_layer_is_that_of_the_paper(rng):
+    """LaCT with all that the ladder takes away, chunk by chunk, in fp64; 7 tokens, chunks of 3."""
+    model = ModelConfig(embed_dim=8, num_layers=1, initializer="fan_in")
+    options = TTTOptions(num_heads=2, hidden_dim=5, chunk_size=3, window=None, base_rate=0.3)
+    graph, state = nnx.split(TTT(model, options, nnx.Rngs(0)))
+    noise = lambda x: 0.3 * jnp.asarray(rng.standard_normal(x.shape), x.dtype)  # noqa: E731
+    state = jax.tree.map(lambda x: x + noise(x), state)
+    mixer = nnx.merge(graph, state)
+    p = {k: np.asarray(v, np.float64) for k, v in nnx.to_pure_dict(state).items()}
+    x = rng.standard_normal((7, 8))
+    sigmoid = lambda x: 1.0 / (1.0 + np.exp(-x))  # noqa: E731
+    silu = lambda x: x * sigmoid(x)  # noqa: E731
+
+    def projected(name):
+        return np.tensordot(x, p[name], 1)  # [T, N, ...]
+
+    def feature(name):
+        y = silu(projected(name) * p[f"{name}_scale"] + p[f"{name}_offset"])
+        return y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6)
+
+    def orthogonal(x):
+        y = x / np.linalg.norm(x)
+        for a, b, c in fast_weights.MUON:
+            y = a * y + b * y @ y.T @ y + c * y @ y.T @ y @ y.T @ y
+        return y
+
+    q, k, v = feature("query"), feature("key"), silu(projected("value"))
+    rate, share = np.log1p(np.exp(projected("rate") + p["rate_bias"])), sigmoid(projected("share"))
+    mixed = np.zeros((7, 2, 4))
+    for n in range(2):
+        w0, w1, w2 = start = [p[f"fast_{name}"][n] for name in ("in", "last", "gate")]
+        remembered = [0.0 * w for w in start]
+        for m in range(0, 7, 3):
+            at = slice(m, m + 3)
+            mixed[at, n] = silu(q[at, n] @ w0) * (q[at, n] @ w2) @ w1
+            key, value, eta = k[at, n], v[at, n], rate[at, n].T[..., None]
+            z, u, dh = key @ w0, key @ w2, value @ w1.T
+            slope = sigmoid(z) * (1 + z * (1 - sigmoid(z)))
+            updates = [
+                (eta[0] * key).T @ (dh * u * slope),
+                (eta[1] * silu(z) * u).T @ value,
+                (eta[2] * key).T @ (dh * silu(z)),
+            ]
+            alpha = share[at, n].mean()
+            remembered = [d + alpha * old for d, old in zip(updates, remembered, strict=True)]
+            moved = [w + orthogonal(d) for w, d in zip((w0, w1, w2), remembered, strict=True)]
+            norm = functools.partial(np.linalg.norm, axis=0)
+            w0, w1, w2 = (
+                w / (norm(w) + 1e-5) * norm(first) for w, first in zip(moved, start, strict=True)
+            )
+    mixed = mixed / np.sqrt((mixed**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["norm"]
+    mixed = mixed * silu(projected("gate"))[..., None]
+    context = Context(positions=jnp.arange(7, dtype=jnp.int32)[None])
+    given = mixer.project(jnp.asarray(x, jnp.float32)[None], context)
+    found = mixer.output(mixer.core(given, context)[0], given, context)[0]
+    np.testing.assert_allclose(
+        found, np.einsum("tnh,nhd->td", mixed, p["out"]), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("step", list(LADDER)[2:])
@@ -261,6 +323,7 @@ def test_the_parallel_form_keeps_a_state_for_each_chunk_and_the_sequential_one_d
     ("options", "message"),
     [
         ({"form": "parallel"}, "set update='last', weight_norm=False and inner_steps=1"),
+        ({"form": "parallel", "update": "last"}, "update='last', weight_norm=True, inner_steps=1"),
         ({"features": "identity"}, "set update='last' and hidden_dim=None"),
         ({"read_with": "key", "window": None}, "leave queries without use"),
         ({"window_head_dim": 3}, "window_head_dim=3 does not divide head_dim=4"),

@@ -4,11 +4,72 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from efficient_lm.config import Config, ModelConfig, layer
 from efficient_lm.errors import ConfigError
 from efficient_lm.mixers.two_mamba import TwoMamba, TwoMambaOptions
+from efficient_lm.model.context import Context
 from tests.model.tiny import run, tiny
+
+MODEL = ModelConfig(embed_dim=8, num_layers=1, initializer="fan_in")
+LENGTH = 9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decay": "step"},
+        {"score": "exponential"},
+        {"score": "linear"},
+        {"score": "linear", "decay": "step", "norm": "head"},
+    ],
+    ids=str,
+)
+def test_the_layer_is_that_of_the_paper(rng, options):
+    """With a loop over pairs of tokens, in fp64."""
+    options = TwoMambaOptions(num_heads=2, **options)
+    graph, state = nnx.split(TwoMamba(MODEL, options, nnx.Rngs(0)))
+    state = jax.tree.map(
+        lambda x: x + 0.3 * jnp.asarray(rng.standard_normal(x.shape), x.dtype), state
+    )
+    mixer = nnx.merge(graph, state)
+    p = {k: np.asarray(v, np.float64) for k, v in nnx.to_pure_dict(state).items()}
+    x = rng.standard_normal((LENGTH, 8))
+
+    def convolved(name):
+        y = np.einsum("td,dnh->tnh", x, p[name])
+        before = np.concatenate([np.zeros_like(y[:1]), y[:-1]])
+        weight = p[f"{name}_convolution"]
+        return weight[..., 0] * before + weight[..., 1] * y + p[f"{name}_bias"]
+
+    q, k, v = map(convolved, ("query", "key", "value"))
+    if options.decay == "step":
+        step = np.log1p(np.exp(x @ p["step"] + p["step_bias"]))
+        decay = np.cumsum(-np.exp(p["log_rate"]) * step, axis=0)
+    else:  # read from the layer's input, not from what was convolved
+        decay = np.cumsum(-np.log1p(np.exp(x @ p["decay"])), axis=0)
+    score = {"square": np.square, "exponential": np.exp, "linear": lambda r: r}[options.score]
+    if options.score == "linear":
+        v = v * np.log1p(np.exp(x @ p["step"] + p.get("step_bias", 0.0)))[..., None]
+    y = np.zeros_like(v)
+    for n in range(2):
+        for i in range(LENGTH):
+            weights = [
+                score(q[i, n] @ k[j, n] / 2.0) * np.exp(decay[i, n] - decay[j, n])
+                for j in range(i + 1)
+            ]
+            y[i, n] = weights @ v[: i + 1, n]
+            if options.score != "linear":
+                y[i, n] /= np.sum(weights)
+    if options.score == "linear":
+        axes = (1, 2) if options.norm == "all" else 2
+        y = y / np.sqrt((y**2).mean(axes, keepdims=True) + MODEL.norm_epsilon) * p["norm"]
+    context = Context(positions=jnp.zeros((1, LENGTH), jnp.int32))
+    projected = mixer.project(jnp.asarray(x, jnp.float32)[None], context)
+    found = mixer.output(mixer.core(projected, context)[0], projected, context)[0]
+    np.testing.assert_allclose(found, np.einsum("tnh,nhd->td", y, p["out"]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

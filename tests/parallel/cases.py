@@ -28,7 +28,9 @@ CASES = {
         },
     },
     # Squares of scores near zero would lose digits that the comparison needs.
-    "two_mamba": {"linear": {"num_heads": 8, "score": "linear", "implementation": "ref"}},
+    "two_mamba": {
+        "linear": {"num_heads": 8, "score": "linear", "norm": "head", "implementation": "ref"},
+    },
     # The specification compiles fastest, and what is asked here are places of heads and parameters.
     "kda": {
         "shared_keys": {

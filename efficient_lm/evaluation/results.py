@@ -52,6 +52,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def above_zero(text: str) -> float:
+    """A number on the command line above 0: the `type` of an argument."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def new_file(text: str) -> Path:
+    """A file on the command line, to be written: the `type` of an argument."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory; give the name of a file")
+    return path
+
+
 def attempt(row: Row, measure: Callable[[], Row]) -> Row:
     """`row` with what `measure` gives, or with its error: a failure costs no more than a row."""
     try:

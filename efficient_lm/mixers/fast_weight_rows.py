@@ -45,7 +45,7 @@ def read_rows(
 ) -> Float[Array, "B T N Dv"]:
     """What the queries read in rows of one document without padding, in chunks of `size`."""
     batch, length = query.shape[:2]
-    count = length // size
+    count = (length - 1) // size  # nothing is read with what the last chunk would leave
     first = fast_weights.apply(initial, query[:, :size])
     if length <= size:
         return first

@@ -9,13 +9,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import speed
 from models import METHODS, QUALITY, SPEED, Run, make_config
 
-from efficient_lm.evaluation.results import Results, attempt_prepared, positive
+from efficient_lm.evaluation.results import (
+    Results,
+    above_zero,
+    attempt_prepared,
+    new_file,
+    positive,
+)
 from efficient_lm.model.definition import define
 from efficient_lm.training.in_memory import load_batches, prepare_evaluator, prepare_training
 
@@ -56,11 +61,12 @@ def main() -> None:
     """Run an arm; the JSON is written again after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arm", choices=QUALITY, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=new_file, required=True, help="JSON file to write")
     parser.add_argument("--parts", nargs="+", choices=("speed", "quality"),
                         default=["speed", "quality"])  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--steps", type=positive, help="default: those of the arm")
+    parser.add_argument("--rate", type=above_zero, help="of learning; default: that of the arm")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the arm")
     parser.add_argument(
         "--at_once", type=positive, default=1,
@@ -68,7 +74,7 @@ def main() -> None:
     )  # fmt: skip
     given = parser.parse_args()
     run, layer = QUALITY[given.arm], SPEED[given.arm]
-    changes = {"steps": given.steps, "seeds": given.seeds}
+    changes = {"steps": given.steps, "rate": given.rate, "seeds": given.seeds}
     run = replace(run, **{name: value for name, value in changes.items() if value})
     settings = {"speed": asdict(layer), "quality": asdict(run)}
     results = Results(given.out, "experiments/ttt_kv_binding/run.py", settings=settings)

@@ -9,13 +9,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from models import ARMS, LADDER, METHODS, Run, make_config
 
-from efficient_lm.evaluation.results import Results, attempt_prepared, positive
+from efficient_lm.evaluation.results import (
+    Results,
+    above_zero,
+    attempt_prepared,
+    new_file,
+    positive,
+)
 from efficient_lm.inference.speed import state_bytes
 from efficient_lm.model.definition import define
 from efficient_lm.training.in_memory import load_batches, prepare_evaluator, prepare_training
@@ -65,19 +70,20 @@ def main() -> None:
     """Run an arm; the JSON is written again after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arm", choices=ARMS, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=new_file, required=True, help="JSON file to write")
     parser.add_argument(
         "--parts", nargs="+", choices=("text", "recall"), default=["text", "recall"]
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS + LADDER, default=METHODS)
     parser.add_argument("--steps", type=positive, help="default: those of the arm")
+    parser.add_argument("--rate", type=above_zero, help="of learning; default: that of the arm")
     parser.add_argument(
         "--at_once", type=positive, default=1,
         help="models compiled at the same time; they train one after the other",
     )  # fmt: skip
     given = parser.parse_args()
     runs = {
-        part: replace(run, steps=given.steps or run.steps)
+        part: replace(run, steps=given.steps or run.steps, rate=given.rate or run.rate)
         for part, run in ARMS[given.arm].items()
         if part in given.parts
     }

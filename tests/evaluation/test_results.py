@@ -8,7 +8,14 @@ import threading
 
 import pytest
 
-from efficient_lm.evaluation.results import Results, attempt, attempt_prepared, positive
+from efficient_lm.evaluation.results import (
+    Results,
+    above_zero,
+    attempt,
+    attempt_prepared,
+    new_file,
+    positive,
+)
 
 
 def fails():
@@ -44,6 +51,19 @@ def test_a_number_below_one_is_refused_in_a_line(text, capsys):
         parser.parse_args([f"--at_once={text}"])
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.endswith(f"argument --at_once: {text!r} is not a whole number of at least 1")
+
+
+def test_rates_and_files_that_cannot_be_are_refused_in_a_line(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", type=above_zero)
+    parser.add_argument("--out", type=new_file)
+    given = parser.parse_args(["--rate=1e-3", f"--out={tmp_path / 'x.json'}"])
+    assert given.rate == 0.001 and given.out == tmp_path / "x.json"
+    for bad in ("--rate=0", "--rate=nan", "--rate=fast", f"--out={tmp_path}"):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([bad])
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "is not a number above 0" in last or "is a directory; give the name" in last
 
 
 def test_jobs_prepare_together_run_alone_and_one_that_fails_stops_no_other():

@@ -11,7 +11,7 @@ from flax import nnx
 
 from efficient_lm.config import Config, ModelConfig, layer
 from efficient_lm.errors import ConfigError
-from efficient_lm.mixers import fast_weights
+from efficient_lm.mixers import fast_weight_rows, fast_weights
 from efficient_lm.mixers.document_chunks import make_layout
 from efficient_lm.mixers.fast_weight_rows import read_rows
 from efficient_lm.mixers.fast_weights import Chunk, Rule, Steps, apply, hidden
@@ -284,6 +284,22 @@ def test_a_chunk_is_read_with_what_the_chunks_before_it_left(rng):
     after = read(value.at[:, C + 1].add(1.0))  # a token of the second chunk
     np.testing.assert_array_equal(after[:, : 2 * C], before[:, : 2 * C])
     assert np.all(np.abs(after[:, 2 * C :] - before[:, 2 * C :]).max(axis=(2, 3)) > 1e-3)
+
+
+@pytest.mark.parametrize(("length", "updates"), [(C, 0), (C + 1, 1), (2 * C, 1), (2 * C + 1, 2)])
+def test_nothing_is_learned_that_no_query_reads(length, updates, monkeypatch):
+    taken = []
+
+    def run(rule, form, initial, start, steps):
+        taken.append(steps.valid.shape[1])
+        return steps.queries, start
+
+    monkeypatch.setattr(fast_weight_rows, "run", run)
+    x = jnp.ones((B, length, N, K))
+    rule, initial = rule_of("no_muon"), {"last": jnp.ones((N, K, K))}
+    start = fast_weights.nothing_learned(rule, initial, B)
+    read_rows(rule, "auto", C, initial, start, x, Chunk(x, x, None, None))
+    assert sum(taken) == updates
 
 
 def test_chunks_are_counted_from_the_start_of_each_document():

@@ -1,5 +1,6 @@
 """What every door shares: flags of a config, and errors as one line with an exit code."""
 
+import errno
 import json
 import os
 import re
@@ -11,23 +12,26 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from efficient_lm.config import Config
-from efficient_lm.errors import ConfigError, UserError
+from efficient_lm.errors import CheckpointError, ConfigError, UserError
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE
+# What a file system refuses, which no check before could have told.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 def run_door(main: Callable[[], int | None]) -> NoReturn:
     """Parse the flags, call `main()` and exit with what it returns (None: 0).
 
-    A UserError, a wrong flag or an unknown config field becomes one line on stderr and its exit
-    code; Ctrl-C exits with 130, a closed output pipe with 141. Other exceptions are bugs and keep
-    their traceback.
+    A UserError, a wrong flag, an unknown config field, an implementation of an op that cannot run
+    here or a full disk becomes one line on stderr and its exit code; Ctrl-C exits with 130, a
+    closed output pipe with 141. Other exceptions are bugs and keep their traceback.
     """
+    _open_standard_streams()
     for name in ("config", "print_config"):  # so that --help shows them
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
@@ -47,7 +51,13 @@ def define_config_flag(default: str | None = None) -> Callable[[], Config]:
     def read() -> Config:
         if flags.FLAGS["config"].value is None:
             raise ConfigError("no config is given; name a file: --config=configs/quickstart.py")
-        config = Config.from_config_dict(flags.FLAGS.config)
+        values = flags.FLAGS.config
+        if not isinstance(values, ConfigDict):
+            raise ConfigError(
+                f"get_config() of the --config file returned {values!r:.80}; it must return "
+                "Config(...).to_config_dict()"
+            )
+        config = Config.from_config_dict(values)
         if flags.FLAGS.print_config:
             print(json.dumps(config.to_dict(), indent=2))
             raise SystemExit(0)
@@ -118,13 +128,46 @@ def _guarded(function: Callable):
         )
     except flags.Error as error:
         cause = _user_error(error)
-        _fail(str(cause or error), cause.exit_code if cause else USAGE_EXIT_CODE)
+        # A config file that was given no argument, or one too many, comes with its traceback.
+        line = re.sub(r"Error whilst.*TypeError: (?=get_config\(\) )", "", str(error), flags=re.S)
+        _fail(str(cause or line), cause.exit_code if cause else USAGE_EXIT_CODE)
+    except ValueError as error:
+        if not _is_refused_implementation(error):
+            raise
+        _fail(str(error), USAGE_EXIT_CODE)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
-        # The interpreter would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         raise SystemExit(BROKEN_PIPE_EXIT_CODE) from None
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        if error.filename is None:
+            _drop_output()
+        _fail(
+            f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or "
+            "write elsewhere",
+            CheckpointError.exit_code,
+        )
+
+
+def _open_standard_streams() -> None:
+    """Nothing to read and nowhere to write, in place of standard streams that are closed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, open to the end
+
+
+def _drop_output() -> None:
+    """Send stdout nowhere: the interpreter would complain again when it flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_refused_implementation(error: ValueError) -> bool:
+    """Whether an op refused the name of its implementation; doors without ops import none."""
+    dispatch = sys.modules.get("pallas_kernels._core.dispatch")
+    return dispatch is not None and isinstance(error, dispatch.ImplementationError)
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
@@ -145,6 +188,8 @@ def _unknown_field(error: AttributeError | KeyError, argv: Sequence[str]) -> str
     """The line for a `--config.a.b` that the config does not have; None for other errors."""
     if not _only_in(error, ("absl", "ml_collections")):
         return None
+    if getattr(error, "name", None) == "get_config":
+        return "the --config file has no function get_config()"
     quoted = re.findall(r"['\"]([\w.]+)['\"]", str(error).replace("\\'", "'"))
     if not quoted:
         return None

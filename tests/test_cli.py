@@ -24,6 +24,11 @@ def main():
     config = read()
     if flags.FLAGS.action == "interrupt":
         raise KeyboardInterrupt
+    if flags.FLAGS.action == "implementation":
+        from pallas_kernels._core import dispatch
+        dispatch.choose("attention", (), None, "flesh")
+    if flags.FLAGS.action == "disk":
+        raise OSError(28, "No space left on device", "runs/x/summary.json")
     if flags.FLAGS.action == "user":
         raise DataError("the file\\nis empty")
     if flags.FLAGS.action == "bug":
@@ -38,15 +43,27 @@ cli.run_door(main)
 
 @pytest.fixture(scope="module")
 def door(tmp_path_factory):
-    """run(*flags) -> (exit code, stdout, stderr) of a small door."""
+    """run(*flags, shell="done before") -> (exit code, stdout, stderr) of a small door."""
     folder = tmp_path_factory.mktemp("door")
     (folder / "config.py").write_text(CONFIG)
+    (folder / "empty.py").write_text("")
+    (folder / "plain.py").write_text("def get_config():\n  return {}")
     (folder / "door.py").write_text(textwrap.dedent(DOOR))
 
-    def run(*arguments):
+    def run(*arguments, shell=":"):
         arguments = [argument.replace("DIR", str(folder)) for argument in arguments]
         done = subprocess.run(
-            [sys.executable, str(folder / "door.py"), *arguments], capture_output=True, text=True
+            [
+                "sh",
+                "-c",
+                f'{shell}; exec "$@"',
+                "sh",
+                sys.executable,
+                str(folder / "door.py"),
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
         )
         return done.returncode, done.stdout, done.stderr
 
@@ -61,6 +78,9 @@ FILE = "--config=DIR/config.py"
     [
         ([], 2, ["no config", "--config="]),
         (["--config=DIR/none.py", "--config.training.steps=1"], 2, ["none.py", "config.py"]),
+        (["--config=DIR/empty.py"], 2, ["has no function get_config()"]),
+        (["--config=DIR/plain.py"], 2, ["returned {}", "to_config_dict()"]),
+        (["--config=DIR/plain.py:x"], 2, ["plain.py:x: get_config() takes 0 positional"]),
         ([FILE, "--config.training.step=1"], 2, ["config.training.step;", "'steps'"]),
         ([FILE, "--config.trainin.steps=1"], 2, ["config.trainin;", "'training'"]),
         ([FILE, "--config.training.steps=0"], 2, ["config.training.steps=0", "at least 1"]),
@@ -69,6 +89,8 @@ FILE = "--config=DIR/config.py"
         ([FILE, "--actoin=x"], 2, ["actoin", "did you mean action?"]),
         ([FILE, "extra"], 2, ["extra"]),
         ([FILE, "--action=user"], 3, ["the file is empty"]),
+        ([FILE, "--action=implementation"], 2, ["attention: unknown implementation 'flesh'"]),
+        ([FILE, "--action=disk"], 4, ["runs/x/summary.json: No space left"]),
         ([FILE, "--action=interrupt"], 130, ["interrupted"]),
     ],
 )
@@ -77,6 +99,15 @@ def test_errors_are_one_line(door, arguments, code, words):
     assert (returned, out) == (code, "")
     assert error.startswith("error: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "words"),
+    [("exec <&- >&-", 0, ""), ("exec >/dev/full", 4, "the output: No space left on device")],
+)
+def test_streams_that_are_closed_or_full_are_no_bug(door, shell, code, words):
+    returned, _, error = door(FILE, shell=shell)
+    assert returned == code and words in error and error.count("\n") == bool(words)
 
 
 def test_a_bug_keeps_its_traceback(door):

@@ -14,6 +14,10 @@ from typing import Any
 logger = logging.getLogger("pallas_kernels")
 
 
+class ImplementationError(ValueError):
+    """An implementation that was asked for is unknown, or cannot run here."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """`holds(facts)` must be true; `needs` completes "it needs ..." for people."""
@@ -84,13 +88,13 @@ def choose(
 ) -> Choice:
     """The first implementation that can run: of the table for "auto", else of the names given.
 
-    Raises ValueError when a name is unknown or none can run, with reasons and alternatives.
+    Raises ImplementationError, with reasons and alternatives: a name is unknown, or none can run.
     """
     rows = {row.name: row for row in table}
     auto = implementation == "auto"
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not auto and (not names or not set(names) <= set(rows)):
-        raise ValueError(
+        raise ImplementationError(
             f"{op}: unknown implementation {implementation!r}; allowed: 'auto', "
             f"{', '.join(map(repr, rows))} or a tuple of these"
         )
@@ -106,7 +110,7 @@ def choose(
         passed_over[name] = f"it {verb} " + " and ".join(obstacles or reservations)
     reasons = "; ".join(f"{name!r} cannot run: {why}" for name, why in passed_over.items())
     able = [name for name, row in rows.items() if not row.obstacles(facts)]
-    raise ValueError(f"{op}: {reasons}; can run here: {', '.join(able) or 'none'}")
+    raise ImplementationError(f"{op}: {reasons}; can run here: {', '.join(able) or 'none'}")
 
 
 @functools.cache

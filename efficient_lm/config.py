@@ -312,6 +312,7 @@ RANGES = (
         "optimizer.schedule.decay_fraction", "optimizer.schedule.final_fraction",
     )),
     ("between 0 and 1", lambda x: 0 < x < 1, ("data.valid_fraction",)),
+    ("a number of 64 bits with a sign", lambda x: -(2**63) <= x < 2**63, ("training.seed",)),
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Dataclasses from nested mappings, each value checked against the annotation of its field."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -60,6 +61,8 @@ def coerce(hint, value, path: str, base=None):
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is float and not math.isfinite(value):
+            raise ConfigError(f"{path}={value}; it must be a finite number")
         return value
     raise ConfigError(
         f"{path}={value!r} is of type {type(value).__name__}; it must be {hint.__name__}"

@@ -286,6 +286,9 @@ def _unpadded(prompts: Any, segment_ids: Any) -> list[np.ndarray]:
 
 def _keys(seed: int | Sequence[int], batch: int) -> jax.Array:
     """One key a row."""
+    for number in [seed] if isinstance(seed, (int, np.integer)) else seed:
+        if not -(2**63) <= number < 2**63:
+            raise UserError(f"seed={number}; it must be a number of 64 bits with a sign")
     if isinstance(seed, (int, np.integer)):
         key = jax.random.key(int(seed))
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))

@@ -149,6 +149,7 @@ def test_nothing_is_compiled_twice(models):
         (["a"], {"max_new_tokens": 0}, "max_new_tokens=0"),
         (["a"], {"top_p": 2.0}, "top_p=2.0"),
         (["a", "b"], {"seed": [1]}, "1 seeds are given for 2 prompts"),
+        (["a"], {"seed": 2**63}, "seed=9223372036854775808; it must be a number of 64 bits"),
         (["a"], {"stop": ["x", ""]}, "a stop string is empty"),
         ([[1, 2]], {"segment_ids": [[1]]}, "segment_ids has shape (1, 1)"),
     ],

@@ -18,12 +18,15 @@ def check_mesh(config: Config, definition: ModelDefinition, mesh: Mesh) -> None:
     devices, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
     counts = _head_counts(definition)
     at_once = config.parallel.heads_at_once
+    names = [part.mixer for part in layer_pattern(config.model)]
+    no_ring = [name for name in names if not registry.mixer(name).has_ring]
     for path, (heads, key_value_heads) in counts.items():
         if heads % (devices * tensor):
-            advice = "lower them, or give the rest of the devices to config.parallel.ring"
+            others = "fsdp" if no_ring else "ring"
             raise ConfigError(
-                f"{path} has {heads} heads, which config.parallel.sequence={devices} times "
-                f"tensor={tensor} does not divide; {advice}"
+                f"{path} has {heads} head{'s' * (heads > 1)}, which config.parallel.sequence="
+                f"{devices} times tensor={tensor} does not divide; lower them, or give the rest of "
+                f"the devices to config.parallel.{others}"
             )
         if at_once is not None and at_once != heads:
             make_schedule(heads, key_value_heads, tensor=tensor, devices=devices, at_once=at_once)
@@ -33,13 +36,11 @@ def check_mesh(config: Config, definition: ModelDefinition, mesh: Mesh) -> None:
                 f"the mixer {part.mixer!r} with these options normalises over all heads, of which "
                 f"config.parallel.heads_at_once={at_once} gives it some; set it to None"
             )
-    if mesh.shape["ring"] > 1:
-        for part in layer_pattern(config.model):
-            if not registry.mixer(part.mixer).has_ring:
-                raise ConfigError(
-                    f"the mixer {part.mixer!r} does not go along a ring; "
-                    "set config.parallel.ring=1 and config.parallel.sequence instead"
-                )
+    if mesh.shape["ring"] > 1 and no_ring:
+        raise ConfigError(
+            f"the mixer {no_ring[0]!r} does not go along a ring; "
+            "set config.parallel.ring=1 and config.parallel.sequence instead"
+        )
     for path, leaf in _parameters(definition.parameters):
         for axis, size in zip(leaf.axes, leaf.shape, strict=True):
             if axis == "ffn" and size % tensor:

@@ -10,12 +10,12 @@ from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import make_mesh
 
 
-def check(parallel, data=(), attention=()):
+def check(parallel, data=(), attention=(), mixer="attention"):
     config = Config.from_dict(
         {
             "model": {
                 "embed_dim": 32, "max_length": 64, "num_layers": 2,
-                "mixers": {"attention": {"num_heads": 8} | dict(attention)},
+                "layers": (mixer,), "mixers": {"attention": {"num_heads": 8} | dict(attention)},
                 "ffns": {"dense": {"hidden_dim": 60}},
             },
             "data": {"sequence_length": 32, "batch_size": 8} | dict(data),
@@ -36,6 +36,7 @@ def check(parallel, data=(), attention=()):
         (({"sequence": 8}, {"sequence_length": 30}), r"sequence_length=30 cannot be split into 8"),
         (({"ring": 4}, {"sequence_length": 20}), r"cannot be split into 8 pieces .*ring=4"),
         (({"sequence": 8}, {}, {"num_heads": 4}), r"mixer has 4 heads.*config.parallel.ring"),
+        (({"sequence": 4}, {}, {}, "mamba2"), r"1 head, .*the devices to config.parallel.fsdp"),
         (({"sequence": 2, "tensor": 4}, {}, {"num_heads": 4}), r"4 heads.*tensor=4"),
         (({"sequence": 4, "heads_at_once": 6},), r"heads_at_once=6 .*allowed: 4, 8"),
         (({"tensor": 8},), r"60 hidden features, which config.parallel.tensor=8"),

@@ -8,6 +8,7 @@ from typing import Any
 from efficient_lm.config import ModelConfig, layer, layer_options, options_of
 from efficient_lm.errors import ConfigError
 from efficient_lm.ffn.dense import DenseOptions
+from efficient_lm.fields import build
 from efficient_lm.interop import rope
 from efficient_lm.mixers.attention import AttentionOptions
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNetOptions
@@ -140,13 +141,13 @@ class Family:
             for p in range(1, len(layers) + 1)
             if all(entry == layers[i % p] for i, entry in enumerate(layers))
         )
-        return ModelConfig(
-            **{ours: values[theirs] for ours, theirs in MODEL_FIELDS.items()},
+        model = {ours: values[theirs] for ours, theirs in MODEL_FIELDS.items()} | {
             **self.model,
-            layers=tuple(layers[:period]),
-            mixers=mixers,
-            ffns={"dense": {ours: values[theirs] for ours, theirs in DENSE_FIELDS.items()}},
-        )
+            "layers": tuple(layers[:period]),
+            "mixers": mixers,
+            "ffns": {"dense": {ours: values[theirs] for ours, theirs in DENSE_FIELDS.items()}},
+        }
+        return build(ModelConfig, model, "config.model")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """config.json for a model; ConfigError names what the architecture cannot express."""

@@ -152,6 +152,7 @@ def test_defaults_of_older_configs(copy):
 
 
 FIELD_ERRORS = {
+    "type": ({"hidden_size": "48"}, "config.model.embed_dim='48' is of type str; it must be int"),
     "architecture": (
         {"architectures": ["MistralForCausalLM"]},
         r"'MistralForCausalLM' is not supported; supported: LlamaForCausalLM, Qwen3ForCausalLM",

@@ -18,10 +18,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Work directory: new with --from,
 
 def main() -> None:
     """One of the two directions."""
-    if WORKDIR.value is None or (FROM.value is None) == (TO.value is None):
+    if not WORKDIR.value or bool(FROM.value) == bool(TO.value):
         raise ConfigError("give --workdir=DIR and one of --from=HF_DIR and --to=HF_DIR")
     jax.config.update("jax_platforms", "cpu")  # no accelerator is needed, so none is taken
-    if FROM.value is not None:
+    if FROM.value:
         lines = conversion.to_workdir(FROM.value, WORKDIR.value)
     else:
         lines = conversion.from_workdir(WORKDIR.value, TO.value)

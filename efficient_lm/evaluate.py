@@ -23,13 +23,15 @@ PATHS = flags.DEFINE_list("paths", [], "Text files, folders or globs to score as
 SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "train"], "Part of the run's own data.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest one.")
 DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: that of the config.")
-BATCHES = flags.DEFINE_integer("batches", None, "At most so many batches, spread over the split.")
+BATCHES = flags.DEFINE_integer(
+    "batches", None, "At most so many batches, spread over the split.", lower_bound=1
+)
 JSON = flags.DEFINE_string("json", None, "Where to write; default: WORKDIR/evaluation.json.")
 
 
 def main() -> None:
     """Evaluate, write, print."""
-    if WORKDIR.value is None:
+    if not WORKDIR.value:
         raise ConfigError("no --workdir is given; name the directory of a run: --workdir=runs/x")
     with processes():
         import jax

@@ -27,7 +27,7 @@ STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the generation; may
 
 def main() -> None:
     """Load, generate, stream."""
-    if WORKDIR.value is None:
+    if not WORKDIR.value:
         raise ConfigError("no --workdir is given; name the directory of a run: --workdir=runs/x")
     prompt = _prompt()
     from efficient_lm.inference.engine import Generator

@@ -48,7 +48,7 @@ XPK = [
 def main() -> int:
     """Start what is left, and gather the results; 1 where runs have failed."""
     for flag, example in ((SWEEP, "configs/sweeps/debug.py"), (WORKDIR, "runs/sweeps/debug")):
-        if flag.value is None:
+        if not flag.value:
             raise ConfigError(f"no --{flag.name} is given: --{flag.name}={example}")
     from efficient_lm.sweeping import launch
     from efficient_lm.sweeping.runs import load_sweep, plan

@@ -20,7 +20,7 @@ PROFILE = flags.DEFINE_bool("profile", False, "Write a jax.profiler trace of a f
 def main() -> None:
     """Train or resume the run; then print a sample and where the report is."""
     config = read_config()
-    if WORKDIR.value is None:
+    if not WORKDIR.value:
         raise ConfigError("no --workdir is given; name a directory: --workdir=runs/quickstart")
     with processes():
         from efficient_lm.training.loop import train

@@ -1,5 +1,6 @@
 """A trained or converted model from its work directory."""
 
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.inference.model import Model
 from efficient_lm.model.definition import ModelDefinition, define
 from efficient_lm.training.checkpoint import CheckpointReader, open_for_reading
+from efficient_lm.training.setup import warn
 
 
 def load(
@@ -79,7 +81,8 @@ def open_run(
     workdir: Path, *, step: int | None, dtype: str | None, average: bool | None
 ) -> SavedRun:
     """What `load` reads from, arguments and errors as there; no array is read yet."""
-    reader = open_for_reading(workdir)
+    # A damaged checkpoint is met for each part that is read, and told once.
+    reader = open_for_reading(workdir, warn=functools.cache(warn))
     config = read_config(workdir)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
@@ -99,7 +102,10 @@ def read_config(workdir: Path) -> Config:
         raise CheckpointError(
             f"cannot read {path} ({error}); give the --workdir of a run or of a conversion"
         ) from None
-    return Config.from_dict(values)
+    try:
+        return Config.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def abstract_arrays(definition: ModelDefinition):

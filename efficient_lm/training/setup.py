@@ -68,7 +68,7 @@ def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
     optimizer = make_optimizer(config.optimizer, definition.parameters, config.training.steps)
     initial = make_initializer(config, definition, optimizer)
     abstract = abstract_state(initial, definition, mesh, config.parallel.rules)
-    checkpointer = Checkpointer(workdir, config.checkpointing, warn=_warn)
+    checkpointer = Checkpointer(workdir, config.checkpointing, warn=warn)
     restored = checkpointer.restore(abstract.as_dict())
     if restored is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -135,5 +135,6 @@ def _writing(workdir: Path) -> Iterator[None]:
         ) from None
 
 
-def _warn(line: str) -> None:
+def warn(line: str) -> None:
+    """One line on stderr."""
     print(f"warning: {line}", file=sys.stderr)

@@ -111,6 +111,7 @@ def test_the_door_prints_a_table_and_writes_json(workdir, tmp_path):
         (["--workdir=/nowhere/run"], 4, "no work directory"),
         (["--workdir=RUN", "--config.data.sequence_length=65"], 2, "exceeds config.model.max_leng"),
         (["--workdir=RUN", "--config.evaluation.strid=3"], 2, "did you mean 'stride'"),
+        (["--workdir=RUN", "--batches=0"], 2, "flag --batches=0"),
     ],
 )
 def test_the_door_ends_with_one_line(workdir, arguments, code, words):

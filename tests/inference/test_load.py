@@ -83,6 +83,9 @@ def test_what_is_no_run_is_one_clear_line(tmp_path, workdir, run_config):
     (copy / "config.json").write_text(json.dumps(wrong.to_dict()))
     with pytest.raises(CheckpointError, match="does not fit this config"):
         elm.load(copy)
+    (copy / "config.json").write_text('{"modle": {}}')
+    with pytest.raises(ConfigError, match=r"copy/config\.json: unknown field config\.modle"):
+        elm.load(copy)
     (copy / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
         elm.load(copy)
@@ -145,7 +148,7 @@ def test_the_door_streams_what_the_api_generates(workdir, tmp_path):
     ("arguments", "code", "words"),
     [
         (["--workdir=/nowhere/run"], 4, "no work directory /nowhere/run"),
-        ([], 2, "--workdir"),
+        (["--workdir="], 2, "no --workdir is given"),
         (["--workdir=RUN", "--prompt=" + "x" * 64], 2, "prompt 0 has 64 tokens"),
     ],
 )

@@ -22,7 +22,7 @@ from efficient_lm.parallel.placement import data_shard, place_batch
 from efficient_lm.training import processes
 from efficient_lm.training.metrics import MetricsWriter, read_metrics
 from efficient_lm.training.progress import Progress
-from efficient_lm.training.setup import Run, make_run_mesh, set_up
+from efficient_lm.training.setup import Run, make_run_mesh, set_up, warn
 from efficient_lm.training.speed import Speed, device_memory_bytes, peak_memory_bytes
 from efficient_lm.training.state import TrainState
 from efficient_lm.training.storage import locked
@@ -45,7 +45,7 @@ def train(config: Config, workdir: str | Path, *, profile: bool = False) -> dict
         run = set_up(config, Path(workdir), mesh)
         with (
             run.checkpointer,
-            MetricsWriter(run.workdir, resume_step=run.start or None) as writer,
+            MetricsWriter(run.workdir, resume_step=run.start or None, warn=warn) as writer,
         ):
             return _Loop(run, writer, profile).run_all()
 

@@ -103,7 +103,7 @@ class MetricsWriter:
                 str(self._tensorboard_directory), purge_step=self._resume_step + 1
             )
         for name, value in line.items():
-            if name not in ("step", "split"):
+            if name not in ("step", "split") and math.isfinite(value):  # others it logs at length
                 self._tensorboard.add_scalar(f"{line['split']}/{name}", value, line["step"])
 
 

@@ -25,6 +25,12 @@ def test_lines_are_plain_json_and_there_at_once(tmp_path):
     assert math.isnan(read_metrics(tmp_path, "valid")[0]["loss"])
 
 
+def test_tensorboard_gets_no_values_that_it_complains_of(tmp_path, caplog):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, "train", {"loss": math.nan, "learning_rate": 1.0})
+    assert not caplog.text
+
+
 def test_resuming_gives_one_curve(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         for step in range(1, 6):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels._core import compat
@@ -76,19 +77,23 @@ def check(op: str, q, k, v, g, initial_state, segment_ids, beta=None) -> None:
 
     Values are looked at where they are known, that is outside of jax.jit.
     """
-    B, T, H, K = q.shape
-    N, V = v.shape[2:]
-    if T == 0:
-        raise ValueError(f"{op}: no tokens (T = 0); give at least one")
-    if k.shape != q.shape or v.shape[:2] != (B, T):
+    if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"{op}: q {q.shape}, k {k.shape} and v {v.shape} do not fit; "
             "q and k must be [B, T, H, K] and v [B, T, N, V]"
         )
-    if not q.dtype == k.dtype == v.dtype:
+    (B, T, H, K), (N, V) = q.shape, v.shape[2:]
+    if T == 0:
+        raise ValueError(f"{op}: no tokens (T = 0); give at least one")
+    if 0 in (B, H, K, N, V):
+        raise ValueError(
+            f"{op}: q {q.shape} and v {v.shape} are empty; rows, heads and features must be at "
+            "least 1"
+        )
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(
             f"{op}: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; "
-            "cast them to one dtype"
+            "cast them to one floating-point dtype"
         )
     if N % H:
         raise ValueError(
@@ -108,7 +113,7 @@ def check(op: str, q, k, v, g, initial_state, segment_ids, beta=None) -> None:
         )
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}; it must be {(B, T)}")
-    if isinstance(g, jax.Array) and not isinstance(g, jax.core.Tracer):
+    if isinstance(g, jax.Array | np.ndarray) and not isinstance(g, jax.core.Tracer):
         with jax.ensure_compile_time_eval():  # a constant of a function that is being traced
             largest = float(jnp.max(g))  # NaN if there is one
         if not largest <= 0:

@@ -224,7 +224,7 @@ BAD = {
     "decay of the keys' heads": ({"N": 4}, {"g": jnp.zeros((2, 40, 2))}, "log decay g has shape"),
     "beta": ({}, {"beta": jnp.zeros((2, 40))}, "beta has shape"),
     "heads": ({"H": 4, "N": 6}, {}, "cannot share 4 key heads"),
-    "dtypes": ({}, {"v": jnp.zeros((2, 40, 2, 12), jnp.bfloat16)}, "cast them to one dtype"),
+    "dtypes": ({}, {"v": jnp.zeros((2, 40, 2, 12), jnp.bfloat16)}, "one floating-point dtype"),
 }
 
 

@@ -192,7 +192,12 @@ WRONG = {
     "nan": ({}, {"g": jnp.full((2, 40, 2), jnp.nan)}, "value of nan; it must be at most 0"),
     "state": ({}, {"initial_state": jnp.zeros((2, 2, 8, 8))}, r"must be \(2, 2, 8, 12\)"),
     "segments": ({}, {"segment_ids": jnp.ones((2, 39), jnp.int32)}, r"must be \(2, 40\)"),
-    "dtypes": ({}, {"v": jnp.zeros((2, 40, 2, 12), jnp.bfloat16)}, "cast them to one dtype"),
+    "nan of numpy": ({}, {"g": np.full((2, 40, 2), np.nan, np.float32)}, "value of nan"),
+    "no features": ({"K": 0}, {}, r"q \(2, 40, 2, 0\) and v .* must be at least 1"),
+    "no heads": ({"N": 0}, {}, r"v \(2, 40, 0, 12\) are empty"),
+    "axes": ({}, {"v": jnp.zeros((2, 40, 24))}, r"v \(2, 40, 24\) do not fit; .* \[B, T, N, V\]"),
+    "dtypes": ({}, {"v": jnp.zeros((2, 40, 2, 12), jnp.bfloat16)}, "one floating-point dtype"),
+    "integers": ({"dtype": "int32"}, {}, "int32 and int32; cast them to one floating-point dtype"),
     "platform": (
         {},
         {"implementation": "mosaic_tpu"},

@@ -1,8 +1,8 @@
 """One chunk of the gated delta rule as products of matrices of one head: what chunk forms share.
 
-C tokens, K key features, V value features; G is the log decay cumulated within the chunk, with G_C
-its last value. Everything is fp32 but the operands of large products, which `dot` rounds. Numbers a
-token come as rows [1, C], the layout that memory likes.
+C tokens, K key features, V value features; G is the log decay cumulated within the chunk, in two
+parts (`Sums`), with G_C its last value. Everything is fp32 but the operands of large products,
+which `dot` rounds. Numbers a token come as rows [1, C], the layout that memory likes.
 
 Per document: `documents` counts, for each token, the documents started since the token before the
 chunk. The state that comes in is for tokens with 0, the one that goes out is of the last document.
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._core.decay_sums import Sums
 from pallas_kernels._core.recurrence import Documents
 
 LEAST = -60.0  # log decay, after which nothing is left that fp32 could add to a new value
@@ -41,7 +42,7 @@ class Parts(NamedTuple):
 
 
 def prepare(q, k, G, beta, documents, *, scale: float, dtype, invert: Callable) -> Parts:
-    """The parts of a chunk, from q, k [C, K], G None, [1, C] or [C, K], beta, documents [1, C].
+    """The parts of a chunk, from q, k [C, K], G None or Sums of [1, C] or [C, K], beta, documents.
 
     dtype: of the operands of large products. invert: fp32 L [C, C] -> (I + L)^-1.
     C is a power of two, and at least 16.
@@ -54,17 +55,17 @@ def prepare(q, k, G, beta, documents, *, scale: float, dtype, invert: Callable) 
         document, last = as_column(documents), last_of(documents)
         earlier &= document == documents
         from_before, to_end, through = document == 0.0, to_end & (document == last), last == 0.0
-    if G is not None and G.shape[0] == C:
+    if G is not None and G.fine.shape[0] == C:
         q_k, k_k = (jnp.where(earlier, x, 0.0) for x in vector_products(q, k, G, dtype))
         end = G[C - 1 :]
-        keep = as_column(masked_exp(end, through))
+        keep = as_column(masked_exp(end.total(), through))
     else:
-        G = jnp.zeros((1, C), jnp.float32) if G is None else G
-        between = masked_exp(as_column(G) - G, earlier)
+        row_G = Sums(*[jnp.zeros((1, C), jnp.float32)] * 2) if G is None else G
+        G, end = (Sums(*map(of, row_G)) for of in (as_column, last_of))
+        between = masked_exp(G - row_G, earlier)
         q_k, k_k = (between * dot(left, k, "nt", dtype) for left in (q, k))
-        end, G = last_of(G), as_column(G)
-        keep = masked_exp(end, through)
-    into = masked_exp(G, from_before)
+        keep = masked_exp(end.total(), through)
+    into = masked_exp(G.total(), from_before)
     # Exponents that are always 0 are left out: their gradient would be the others' rounding.
     out_of = jnp.where(is_last, 1.0, masked_exp(end - G, to_end))
     self = jnp.where(row == column, jnp.sum(q * k, axis=1, keepdims=True), 0.0)
@@ -81,7 +82,7 @@ def advance(state, parts: Parts, v, dtype):
 
 
 def gates(g, beta, documents: Documents | None):
-    """g from LEAST, so that sums of it stay exact enough, and 0 at padding; beta 0 at padding."""
+    """g from LEAST, so that sums of it stay numbers, and 0 at padding; beta 0 at padding."""
     if g is not None:
         g = jnp.maximum(g, LEAST)
     if documents is None:
@@ -192,27 +193,27 @@ def _levels(G):
 
     C is a power of two.
     """
-    C = len(G)
+    C = len(G.fine)
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    token = lax.broadcasted_iota(jnp.int32, G.shape, 0)
+    token = lax.broadcasted_iota(jnp.int32, G.fine.shape, 0)
     size = 1
     while size < C:
-        from_reference = G - _first_of_later(G, size)
+        from_reference = G - Sums(*(_first_of_later(x, size) for x in G))
         later = token // size % 2 == 1
         pairs = (row // size % 2 == 1) & (column // size == row // size - 1)
         yield pairs, jnp.exp(jnp.where(later, from_reference, -from_reference))
         size *= 2
 
 
-def _first_of_later(G, size: int):
+def _first_of_later(x, size: int):
     """For each row, that with which the later block of `size` of its pair of blocks begins."""
     span = max(2 * size, SUBLANES)
-    spans = G.reshape(-1, span, G.shape[1])
+    spans = x.reshape(-1, span, x.shape[1])
     place = lax.broadcasted_iota(jnp.int32, spans.shape, 1)
     found = jnp.broadcast_to(spans[:, size : size + 1], spans.shape)
     for start in range(2 * size, span, 2 * size):
         found = jnp.where(place < start, found, spans[:, start + size : start + size + 1])
-    return found.reshape(G.shape)
+    return found.reshape(x.shape)
 
 
 def _vector_products_forward(q, k, G, dtype):
@@ -229,7 +230,8 @@ def _vector_products_backward(dtype, inputs, d_products):
         d_q += decay * dot(d_q_k, right, "nn", dtype)
         d_left += decay * dot(d_k_k, right, "nn", dtype)
         d_right += decay * (dot(d_q_k, left, "tn", dtype) + dot(d_k_k, right, "tn", dtype))
-    return d_q, d_left + d_right, q * d_q + k * d_left - k * d_right
+    d_G = Sums(jnp.zeros_like(G.coarse), q * d_q + k * d_left - k * d_right)
+    return d_q, d_left + d_right, d_G
 
 
 vector_products.defvjp(_vector_products_forward, _vector_products_backward)

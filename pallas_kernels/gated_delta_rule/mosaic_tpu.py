@@ -7,14 +7,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from pallas_kernels._core.decay_sums import sums
 from pallas_kernels._core.recurrence import Documents, decay_kind
 from pallas_kernels.gated_delta_rule import chunk
 from pallas_kernels.gated_delta_rule import mosaic_tpu_backward as backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_chunk import (
     KINDS,
+    ROWS,
     Sizes,
     advance,
-    documents_of,
+    constants,
     read,
 )
 
@@ -59,7 +61,7 @@ def gated_delta_rule(
 
     rows = {"beta": by_chunk(beta)}
     if sizes.decay == "scalar":
-        rows["G"] = jnp.cumsum(by_chunk(g), axis=3)
+        rows["coarse"], rows["G"] = sums(by_chunk(g), axis=3)
     if documents is not None:
         started = chunk.documents_started(documents.index, CHUNK)
         rows["documents"] = jnp.broadcast_to(started[:, :, None], rows["beta"].shape)
@@ -68,11 +70,11 @@ def gated_delta_rule(
         "q": flat(q, sizes.K),
         "k": flat(k, sizes.K),
         "v": flat(v, sizes.V),
-        "rows": jnp.stack([rows.get(name, zeros) for name in ("G", "beta", "documents")], axis=3),
+        "rows": jnp.stack([rows.get(name, zeros) for name in ROWS], axis=3),
     }
     if sizes.decay == "vector":
-        G = flat(g, sizes.K).reshape(B, sizes.n, CHUNK, -1)
-        inputs["G"] = jnp.cumsum(G, axis=2).reshape(B, sizes.T, -1)
+        parts = sums(flat(g, sizes.K).reshape(B, sizes.n, CHUNK, -1), axis=2)
+        inputs["coarse"], inputs["G"] = (x.reshape(B, sizes.T, -1) for x in parts)
     inputs["state"] = jnp.zeros((B, N, sizes.K, sizes.V), jnp.float32)
     if initial_state is not None:
         inputs["state"] = jnp.pad(
@@ -117,7 +119,7 @@ def _kernel(sizes: Sizes, inputs: dict, outputs: dict, state):
         state[...] = inputs["state"][0]
 
     before = [state[head] for head in range(sizes.heads)]
-    after, o = advance(sizes, read(sizes, inputs), before, documents_of(sizes, inputs))
+    after, o = advance(sizes, read(sizes, inputs), before, constants(sizes, inputs))
     for head in range(sizes.heads):
         state[head] = after[head]
         if "states" in outputs:

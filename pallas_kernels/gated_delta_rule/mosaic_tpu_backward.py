@@ -10,14 +10,14 @@ from pallas_kernels.gated_delta_rule.mosaic_tpu_chunk import (
     KINDS,
     Sizes,
     advance,
-    documents_of,
+    constants,
     read,
     row,
 )
 
 
 def gradients(inputs: dict, sizes: Sizes) -> dict:
-    """Gradients of q, k, v, rows, G and the initial state, by the names of the inputs.
+    """Gradients of q, k, v, rows, G, coarse and the initial state, by the names of the inputs.
 
     inputs: those of the forward kernel, with the `states` before all chunks instead of `state`, and
     the cotangents `d_o` and `d_state` (of the final state).
@@ -27,7 +27,10 @@ def gradients(inputs: dict, sizes: Sizes) -> dict:
         outputs["G"] = ("features", jnp.float32)
     outputs["state"] = ("state", jnp.float32)
     kernel = functools.partial(_kernel, sizes)
-    return sizes.call(kernel, inputs, KINDS, outputs, reverse=True)
+    result = sizes.call(kernel, inputs, KINDS, outputs, reverse=True)
+    if sizes.decay == "vector":  # of rounded numbers
+        result["coarse"] = jnp.zeros_like(inputs["coarse"])
+    return result
 
 
 def _kernel(sizes: Sizes, inputs: dict, outputs: dict, d_state):
@@ -39,16 +42,14 @@ def _kernel(sizes: Sizes, inputs: dict, outputs: dict, d_state):
         d_state[...] = inputs["d_state"][0]
 
     heads = range(sizes.heads)
-    documents = documents_of(sizes, inputs)
+    given = constants(sizes, inputs)
     tokens = read(sizes, inputs)
     states = [inputs["states"][0, 0, head].astype(jnp.float32) for head in heads]
     d_o = [
         inputs["d_o"][0, :, head * sizes.V : (head + 1) * sizes.V].astype(jnp.float32)
         for head in heads
     ]
-    _, pull = jax.vjp(
-        lambda tokens, states: advance(sizes, tokens, states, documents), tokens, states
-    )
+    _, pull = jax.vjp(lambda tokens, states: advance(sizes, tokens, states, given), tokens, states)
     d_tokens, d_states = pull(([d_state[head] for head in heads], d_o))
     widths = {"q": sizes.K, "k": sizes.K, "v": sizes.V}
     if sizes.decay == "vector":

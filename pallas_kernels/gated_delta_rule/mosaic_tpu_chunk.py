@@ -8,9 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._core.decay_sums import Sums
 from pallas_kernels.gated_delta_rule import chunk
 
-ROWS = ("G", "beta", "documents")  # of the array of numbers a token and value head
+ROWS = ("coarse", "G", "beta", "documents")  # of the array of numbers a token and value head
 BLOCK = 16  # rows of the diagonal blocks that are inverted by substitution
 VMEM = 32 * 2**20  # bytes, of at least 64 MiB that chips have
 
@@ -101,6 +102,7 @@ KINDS = {
     "q": "keys",
     "k": "keys",
     "v": "values",
+    "coarse": "features",
     "G": "features",
     "rows": "rows",
     "state": "state",
@@ -112,19 +114,33 @@ KINDS = {
 
 def read(sizes: Sizes, refs: dict) -> dict:
     """What a chunk's step differentiates in, as lists over heads: q, k, v, beta and G, all fp32."""
-
-    def split(name, width, heads):
-        ref = refs[name]
-        return [ref[0, :, h * width : (h + 1) * width].astype(jnp.float32) for h in range(heads)]
-
-    tokens = {"q": split("q", sizes.K, sizes.group), "k": split("k", sizes.K, sizes.group)}
-    tokens["v"] = split("v", sizes.V, sizes.heads)
+    tokens = {name: _split(refs, name, sizes.K, sizes.group) for name in ("q", "k")}
+    tokens["v"] = _split(refs, "v", sizes.V, sizes.heads)
     tokens["beta"] = [row(refs["rows"], head, "beta")[...] for head in range(sizes.heads)]
-    if sizes.decay == "scalar":
-        tokens["G"] = [row(refs["rows"], head, "G")[...] for head in range(sizes.heads)]
-    elif sizes.decay == "vector":
-        tokens["G"] = split("G", sizes.K, sizes.heads)
+    if sizes.decay != "none":
+        tokens["G"] = _decays(sizes, refs, "G")
     return tokens
+
+
+def constants(sizes: Sizes, refs: dict) -> dict:
+    """What it does not: `documents` started [1, C], and `coarse` parts of G over heads, if any."""
+    given = {}
+    if sizes.documents:
+        given["documents"] = row(refs["rows"], 0, "documents")[...]
+    if sizes.decay != "none":
+        given["coarse"] = _decays(sizes, refs, "coarse")
+    return given
+
+
+def _split(refs: dict, name: str, width: int, heads: int) -> list:
+    ref = refs[name]
+    return [ref[0, :, h * width : (h + 1) * width].astype(jnp.float32) for h in range(heads)]
+
+
+def _decays(sizes: Sizes, refs: dict, name: str) -> list:
+    if sizes.decay == "vector":
+        return _split(refs, name, sizes.K, sizes.heads)
+    return [row(refs["rows"], head, name)[...] for head in range(sizes.heads)]
 
 
 def row(ref, head: int, name: str):
@@ -133,12 +149,7 @@ def row(ref, head: int, name: str):
     return ref.at[0, 0, head, place : place + 1]
 
 
-def documents_of(sizes: Sizes, refs: dict):
-    """Row [1, C] of the documents started, None if the rows are not packed."""
-    return row(refs["rows"], 0, "documents")[...] if sizes.documents else None
-
-
-def advance(sizes: Sizes, tokens: dict, states: list, documents) -> tuple[list, list]:
+def advance(sizes: Sizes, tokens: dict, states: list, given: dict) -> tuple[list, list]:
     """(states after the chunk, o) of each value head."""
     new_states, outputs = [], []
     for head in range(sizes.heads):
@@ -146,9 +157,9 @@ def advance(sizes: Sizes, tokens: dict, states: list, documents) -> tuple[list, 
         parts = chunk.prepare(
             tokens["q"][of_key],
             tokens["k"][of_key],
-            tokens["G"][head] if "G" in tokens else None,
+            Sums(given["coarse"][head], tokens["G"][head]) if "G" in tokens else None,
             tokens["beta"][head],
-            documents,
+            given.get("documents"),
             scale=sizes.scale,
             dtype=jnp.dtype(sizes.dtype),
             invert=invert,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._core.decay_sums import Sums, sums
 from pallas_kernels._core.recurrence import Documents
 from pallas_kernels.gated_delta_rule import chunk
 
@@ -19,7 +20,7 @@ class Chunks(NamedTuple):
     q: Float[Array, "n B H C K"]
     k: Float[Array, "n B H C K"]
     v: Float[Array, "n B H r C V"]
-    G: Float[Array, "n B H r c D"] | None  # [1, C], or [C, K] for vector decay
+    G: Sums | None  # [n, B, H, r, 1, C], or [n, B, H, r, C, K] for vector decay
     beta: Float[Array, "n B H r 1 C"]
     documents: Float[Array, "n B 1 C"] | None  # started since the token before the chunk
 
@@ -68,7 +69,7 @@ def split(q, k, v, g, beta, documents: Documents | None, chunk_size: int) -> Chu
     v, beta = (cut(x, (H, N // H)) for x in (v, beta))
     if g is not None:
         scalar = g.ndim == 3
-        g = jnp.cumsum(cut(g, (H, N // H)), axis=4)
+        g = sums(cut(g, (H, N // H)), axis=4)
         g = g[..., None, :] if scalar else g
     started = None
     if documents is not None:

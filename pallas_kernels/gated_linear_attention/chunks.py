@@ -1,4 +1,4 @@
-"""What the chunk forms share: layout, masks of documents, sums of log decays, scans of states.
+"""What the chunk forms share: layout, masks of documents, scans of states.
 
 Sizes: M chunks of L tokens, B rows, H key heads, R value heads for each of them, K and V features.
 """
@@ -7,12 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from pallas_kernels._core.recurrence import Documents
-
-FLOOR = -128.0  # the least log decay: its exponential is already 0 in fp32
-GRID = 2.0**-9  # sums of 128 multiples of it, each at most 128, are exact in fp32
 
 
 class Masks(NamedTuple):
@@ -26,22 +23,6 @@ class Masks(NamedTuple):
     write: Bool[Array, "m b L"]
     keep: Bool[Array, "m b"]
     gate: Bool[Array, "m b L"]
-
-
-class Sums(NamedTuple):
-    """Cumulated log decays in two parts, whose differences lose no digits to far larger sums."""
-
-    coarse: Float[Array, "..."]
-    fine: Float[Array, "..."]
-
-    def __getitem__(self, index) -> "Sums":
-        return Sums(self.coarse[index], self.fine[index])
-
-    def __sub__(self, other: "Sums") -> Float[Array, "..."]:
-        return (self.coarse - other.coarse) + (self.fine - other.fine)
-
-    def total(self) -> Float[Array, "..."]:
-        return self.coarse + self.fine
 
 
 def split(x, size: int):
@@ -96,13 +77,6 @@ def masks(documents: Documents | None, size: int) -> Masks:
         before == last,
         real & ~starts,
     )
-
-
-def sums(g, axis: int) -> Sums:
-    """Inclusive sums of log decays, at least FLOOR each, along the at most 128 tokens of `axis`."""
-    g = jnp.maximum(g, FLOOR)
-    coarse = jnp.round(g / GRID) * GRID
-    return Sums(jnp.cumsum(coarse, axis=axis), jnp.cumsum(g - coarse, axis=axis))
 
 
 def masked_exp(exponent, mask):

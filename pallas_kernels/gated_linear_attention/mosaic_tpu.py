@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels._core import decay_sums
 from pallas_kernels._core.recurrence import Documents, decay_kind
 from pallas_kernels.gated_linear_attention import chunks
 from pallas_kernels.gated_linear_attention.mosaic_tpu_kernels import Kernels
@@ -40,7 +41,7 @@ def gated_linear_attention(
         if documents is not None:
             gate = jnp.moveaxis(chunks.masks(documents, CHUNK).gate, 0, 1)
             g = jnp.where(gate.reshape(*g.shape[:2], *[1] * (g.ndim - 2)), g, 0.0)
-        g = jnp.maximum(g, chunks.FLOOR)
+        g = jnp.maximum(g, decay_sums.FLOOR)
     heads = tpu_heads_side_by_side(v.shape[2] // q.shape[2], values, decay_kind(g))
     q, k = (_padded(x, {1: CHUNK, 3: LANES}) for x in (q, k))
     v = _padded(v, {1: CHUNK, 3: LANES // heads})
@@ -130,7 +131,7 @@ def _rows(g, documents, length: int) -> Float[Array, "b n 8 T"]:
         none = jnp.zeros((1, 1, 1, 1), jnp.float32)
         rows = [none, none, index, *(x.astype(jnp.float32) for x in (read, write, keep))]
     else:
-        sums = chunks.sums(jnp.moveaxis(g, 2, 1).reshape(*g.shape[::2], -1, CHUNK), axis=3)
+        sums = decay_sums.sums(jnp.moveaxis(g, 2, 1).reshape(*g.shape[::2], -1, CHUNK), axis=3)
         rows = [
             sums.coarse, sums.fine, index,
             chunks.masked_exp(sums.total(), read),

@@ -1,8 +1,8 @@
 """One chunk of the TPU kernel, with no decay or one a head: functions of arrays in VMEM.
 
 The values of P heads lie side by side in [L, V]. gates, fp32 [P, 8, L], or [1, 8, L] for all heads:
-rows COARSE and FINE are the cumulated log decay (`chunks.Sums`), INDEX the document of each token,
-READ, WRITE and KEEP the decays between tokens and states, KEEP at each.
+rows COARSE and FINE are the cumulated log decay (`decay_sums.Sums`), INDEX the document of each
+token, READ, WRITE and KEEP the decays between tokens and states, KEEP at each.
 """
 
 from typing import NamedTuple

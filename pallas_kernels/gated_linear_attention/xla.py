@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._core.decay_sums import FLOOR, sums
 from pallas_kernels._core.recurrence import Documents
 from pallas_kernels.gated_linear_attention import chunks, xla_vector
 from pallas_kernels.gated_linear_attention.chunks import product, scaled
@@ -66,12 +67,12 @@ def _chunked(q, k, v, g, documents, size) -> Chunked:
         decays = (x.astype(jnp.float32) for x in (pair, read, write, keep))
     else:
         g = chunks.grouped(chunks.split(g, size), heads)
-        sums = chunks.sums(jnp.where(mask.gate[:, :, None, None], g, 0.0), axis=-1)
+        cumulated = sums(jnp.where(mask.gate[:, :, None, None], g, 0.0), axis=-1)
         decays = (
-            chunks.masked_exp(sums[..., :, None] - sums[..., None, :], pair),
-            chunks.masked_exp(sums.total(), read),
-            chunks.masked_exp(sums[..., -1:] - sums, write),
-            chunks.masked_exp(sums[..., -1].total(), keep),
+            chunks.masked_exp(cumulated[..., :, None] - cumulated[..., None, :], pair),
+            chunks.masked_exp(cumulated.total(), read),
+            chunks.masked_exp(cumulated[..., -1:] - cumulated, write),
+            chunks.masked_exp(cumulated[..., -1].total(), keep),
         )
     pair, read, write, keep = decays
     v = chunks.grouped(v, heads)
@@ -137,7 +138,7 @@ def _backward(scale, size, arguments, cotangents):
         d_g = chunks.gate_gradient(later, writes, c.keep[..., 0, 0] * kept, axis=4)
         used = chunks.masks(documents, size).gate[:, :, None, None]
         d_g = chunks.join_groups(jnp.where(used, d_g, 0.0), length)
-        d_g = jnp.where(g > chunks.FLOOR, d_g, 0.0)
+        d_g = jnp.where(g > FLOOR, d_g, 0.0)
     return (
         chunks.join(d_q, length).astype(dtype),
         chunks.without_padding(chunks.join(d_k, length), documents).astype(dtype),

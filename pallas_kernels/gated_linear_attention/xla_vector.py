@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels._core import decay_sums
+from pallas_kernels._core.decay_sums import Sums
 from pallas_kernels.gated_linear_attention import chunks
-from pallas_kernels.gated_linear_attention.chunks import Masks, Sums, product, scaled
+from pallas_kernels.gated_linear_attention.chunks import Masks, product, scaled
 
 
 class Chunked(NamedTuple):
@@ -34,7 +36,7 @@ def _chunked(q, k, v, g, documents, size) -> Chunked:
     mask = Masks(*(x[:, :, None, None] for x in chunks.masks(documents, size)))
     k = chunks.without_padding(k, documents)
     q, k, v, g = (chunks.grouped(chunks.split(x, size), heads) for x in (q, k, v, g))
-    sums = chunks.sums(jnp.where(mask.gate[..., None], g, 0.0), axis=4)
+    sums = decay_sums.sums(jnp.where(mask.gate[..., None], g, 0.0), axis=4)
     return Chunked(
         q, k, v, mask, sums,
         chunks.masked_exp(sums.total(), mask.read[..., None]),
@@ -99,7 +101,7 @@ def _backward(scale, size, arguments, cotangents):
         chunks.join(d_q, length).astype(dtype),
         chunks.without_padding(chunks.join(d_k, length), documents).astype(dtype),
         chunks.join_groups(d_v, length).astype(dtype),
-        jnp.where(g > chunks.FLOOR, d_g, 0.0),
+        jnp.where(g > decay_sums.FLOOR, d_g, 0.0),
         d_initial.reshape(initial_state.shape),
         None,
     )

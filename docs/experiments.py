@@ -102,11 +102,11 @@ Scores = dict[str, dict[int, float]]  # by method and seed
 
 
 def scores(rows: Rows, part: str, value: Callable[[dict[str, Any]], float]) -> Scores:
-    """Those of a part's rows that did not fail."""
+    """Those of a part's rows that did not fail; of a method and seed that ran twice, the first."""
     found: Scores = {}
     for row in rows:
         if row["part"] == part and "error" not in row:
-            found.setdefault(row["method"], {})[row["seed"]] = value(row)
+            found.setdefault(row["method"], {}).setdefault(row["seed"], value(row))
     return found
 
 
@@ -144,12 +144,14 @@ def two_mamba_values(rows: Rows) -> dict[str, float | None]:
 def ttt_kv_binding_values(rows: Rows) -> dict[str, float | None]:
     """What `expected.json` bounds."""
     bits = scores(rows, "quality", lambda row: row["bits_per_byte"])
-    gains = []
+    gains, falls = [], []
     for row in rows:
-        by_steps = row.get("bits_per_byte_by_inner_steps")
-        if by_steps:
-            one, *more = by_steps.values()
+        if "bits_per_byte_by_inner_steps" in row:
+            one, *more = row["bits_per_byte_by_inner_steps"].values()
             gains.append(one - min(more))
+        if "inner_loss_by_inner_steps" in row:
+            one, *more = row["inner_loss_by_inner_steps"].values()
+            falls.append(one - more[-1])
     forward = [r for r in rows if r["part"] == "speed" and r.get("what") == "forward"]
     rates = {(r["method"], r["form"]): r.get("tokens_per_second") for r in forward}
     ratios = [
@@ -161,6 +163,7 @@ def ttt_kv_binding_values(rows: Rows) -> dict[str, float | None]:
         "ascent less baseline": less(bits, "ascent", "baseline"),
         "no_query less baseline": less(bits, "no_query", "baseline"),
         "gain of more inner steps at test": max(gains, default=None),
+        "fall of the inner loss with the most inner steps": min(falls, default=None),
         "last_layer less baseline": less(bits, "last_layer", "baseline"),
         "no_muon less no_momentum": less(bits, "no_muon", "no_momentum"),
         "parallel over sequential, no_weight_norm to no_momentum": min(ratios, default=None),
@@ -188,6 +191,25 @@ def expected(experiment: str, values: Callable[[Rows], dict[str, float | None]])
     return table(("what", "expected", *ARMS.values()), rows)
 
 
+def rates(experiment: str, part: str, key: str) -> str:
+    """Bits per byte on the CPU by learning rate, of the methods that had more than one."""
+    found = {}
+    for pattern in ("cpu", "rate_*_cpu"):
+        for result in tables.results(f"experiments/{experiment}/results/{pattern}.json"):
+            rate = result[key].get(part, {}).get("rate")
+            found[rate] = scores(result["rows"], part, lambda row: row["bits_per_byte"])
+    if len(found) < 2:
+        return table((), ())
+    found = dict(sorted(found.items()))
+    methods = set.intersection(*(set(values) for values in found.values()))
+    order = [m for values in found.values() for m in values if m in methods]
+    rows = [
+        (MIXERS.get(m, m), *(number(found[rate][m].get(0), ".3f") for rate in found))
+        for m in dict.fromkeys(order)
+    ]
+    return table(("bits per byte at a learning rate of", *(f"{rate:g}" for rate in found)), rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     f"{block.__name__}_{arm}": functools.partial(block, arm)
     for block in (two_mamba, ttt_kv_binding)
@@ -195,4 +217,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
 } | {
     "two_mamba_expected": functools.partial(expected, "two_mamba", two_mamba_values),
     "ttt_kv_binding_expected": functools.partial(expected, "ttt_kv_binding", ttt_kv_binding_values),
+    "two_mamba_rates": functools.partial(rates, "two_mamba", "text", "runs"),
+    "ttt_kv_binding_rates": functools.partial(rates, "ttt_kv_binding", "quality", "settings"),
 }

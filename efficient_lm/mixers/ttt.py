@@ -185,9 +185,11 @@ class TTT(nnx.Module):
             new = None if state is None else new | {"window": cache}
         return mixed, new, {}
 
-    def _fast(self, projected, context, state):
-        """(what the fast weights give [B, T, N, H], new state or None)."""
-        options, size = self.options, self.options.chunk_size
+    def fast_inputs(
+        self, projected: dict[str, Array]
+    ) -> tuple[fast_weights.Weights, Float[Array, "B T N H"], Chunk]:
+        """(the weights at the start of a document, queries, what the weights learn from)."""
+        options = self.options
 
         def feature(name):
             scale, offset = (
@@ -205,9 +207,14 @@ class TTT(nnx.Module):
             )
         if options.momentum:
             share = jax.nn.sigmoid(projected["share"])
-        chunk = Chunk(key, jax.nn.silu(projected["value"]), rate, share)
         names = ["last"] if options.features == "identity" else ["last", "in", "gate"]
         initial = {name: cast(getattr(self, f"fast_{name}"), jnp.float32) for name in names}
+        return initial, query, Chunk(key, jax.nn.silu(projected["value"]), rate, share)
+
+    def _fast(self, projected, context, state):
+        """(what the fast weights give [B, T, N, H], new state or None)."""
+        options, size = self.options, self.options.chunk_size
+        initial, query, chunk = self.fast_inputs(projected)
         segments, batch, length = context.segment_ids, query.shape[0], query.shape[1]
         start = fast_weights.nothing_learned(options, initial, batch)
         if state is None and segments is None:

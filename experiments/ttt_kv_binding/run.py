@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import speed
+from inner import prepare_inner_loss
 from models import METHODS, QUALITY, SPEED, Run, make_config
 
 from efficient_lm.evaluation.results import (
@@ -34,10 +35,12 @@ def prepare(
     """
     config = make_config(method, run, seed)
     train = prepare_training(config, batches[0])
-    evaluators = {}
+    evaluators, inner = {}, {}
     for inner_steps in run.inner_steps if method == "baseline" else (1,):
         same = config if inner_steps == 1 else make_config(method, run, seed, inner_steps)
         evaluators[str(inner_steps)] = prepare_evaluator(same, batches[1][0])
+        if method == "baseline":
+            inner[str(inner_steps)] = prepare_inner_loss(same, batches[1][0])
 
     def row() -> dict[str, Any]:
         began, done = time.perf_counter(), train()
@@ -52,7 +55,13 @@ def prepare(
             "seconds": round(time.perf_counter() - began, 1),
             "losses": [round(x, 4) for x in done.losses[:: max(1, run.steps // 50)]],
         }
-        return found | ({"bits_per_byte_by_inner_steps": bits} if len(bits) > 1 else {})
+        if inner:
+            found["bits_per_byte_by_inner_steps"] = bits
+            found["inner_loss_by_inner_steps"] = {
+                inner_steps: round(loss(done.parameters, batches[1]), 4)
+                for inner_steps, loss in inner.items()
+            }
+        return found
 
     return row
 

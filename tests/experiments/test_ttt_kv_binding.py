@@ -23,6 +23,7 @@ def test_parts_give_rows(tmp_path):
     assert len(timed) == 2 * (2 + 2 * 5)  # steps without and with a parallel form
     assert all(row["tokens_per_second"] > 0 for row in timed)
     assert set(trained["bits_per_byte_by_inner_steps"]) == {"1", "2"}
+    assert set(trained["inner_loss_by_inner_steps"]) == {"1", "2"}
     assert 5 < trained["bits_per_byte"] < 9
 
 

@@ -60,13 +60,13 @@ def test_decay_of_zero_forgets_all():
 
 @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 def test_bf16_errs_as_much_as_its_inputs_are_rounded(decay):
-    """Against fp32 of the same inputs: 3 times the unit roundoff, 2^-8, in values."""
+    """Against fp32 of the same inputs: in values about the unit roundoff, 2^-8."""
     case = Case(T=100, K=32, V=32, decay=decay, dtype="bfloat16", initial_state=True)
     found = errors(
         inner(ref.gated_delta_rule, case), inner(xla.gated_delta_rule, case), case.arguments()
     )
-    assert max(found["o"], found["final_state"]) < 0.012, found
-    assert max(found.values()) < 0.02, found
+    assert max(found["o"], found["final_state"]) < 0.005, found
+    assert max(found.values()) < 0.008, found
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -160,6 +160,24 @@ def test_last_value_of_each_key_is_looked_up():
     assert relative_error(o, values) < 1e-5
     last = [int(jnp.max(jnp.where(places == key, jnp.arange(48), -1))) for key in range(4)]
     assert relative_error(state[0, 0], values[0, jnp.array(last), 0]) < 1e-5
+
+
+def test_what_is_written_is_read_and_what_is_stored_never_grows():
+    """At strength 1 a key gives its value whatever was stored; at 2, writing 0 reflects states."""
+    arguments = Case(B=2, T=40, H=1, N=1, cosine=0.3, initial_state=True).arguments()
+    strength = jnp.array([1.0, 2.0])[:, None, None]
+    o, state = run(
+        arguments
+        | {
+            "q": arguments["k"],
+            "v": arguments["v"] * (2.0 - strength[..., None]),
+            "g": arguments["g"] * (2.0 - strength),
+            "beta": jnp.broadcast_to(strength, arguments["beta"].shape),
+        }
+    )
+    assert relative_error(o[0] * 8**0.5, arguments["v"][0]) < 1e-5
+    norm = jnp.linalg.norm(arguments["initial_state"][1])
+    assert abs(jnp.linalg.norm(state[1]) / norm - 1) < 1e-5
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])

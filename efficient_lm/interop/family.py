@@ -57,6 +57,7 @@ ATTENTION_FIELDS = {
     "output_bias": "attention_bias",
 }
 DENSE_FIELDS = {"hidden_dim": "intermediate_size"}
+COUNTS = ("num_hidden_layers", "full_attention_interval")  # which layers are made of
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 # Fields that say nothing about the function that the model computes.
 IGNORED_FIELDS = {
@@ -129,6 +130,10 @@ class Family:
         missing = sorted(name for name in self._required() if values.get(name) is None)
         if missing:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
+        for name in sorted(self._required() - {"rms_norm_eps"} | set(COUNTS)):
+            value = values.get(name, 1)
+            if (type(value) is int and value < 1) or (name in COUNTS and type(value) is not int):
+                raise ConfigError(f"{name}={value!r}; it must be a whole number of at least 1")
         mixers = {
             mixer: {ours: values[theirs] for ours, theirs in fields.items()}
             for mixer, fields in self.fields.items()

@@ -154,6 +154,10 @@ def test_a_missing_tensor_of_a_whole_checkpoint_is_named_as_there(whole):
         ({"attn_output_gate": False}, "attn_output_gate=False is not supported .*: True"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"layer_types": ["linear_attention", "sliding_attention"] * 2}, "layer_types has 4 .*"),
+        ({"layer_types": None, "full_attention_interval": 0}, "full_attention_interval=0; it must"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0; it must be a whole number of at least 1"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers='4'; it must be a whole number"),
+        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim=0; it must be"),
         ({"architectures": ["Qwen3_5MoeForCausalLM"]}, "'Qwen3_5MoeForCausalLM' is not supported"),
     ],
 )

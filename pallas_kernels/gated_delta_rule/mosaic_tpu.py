@@ -73,8 +73,7 @@ def gated_delta_rule(
         "rows": jnp.stack([rows.get(name, zeros) for name in ROWS], axis=3),
     }
     if sizes.decay == "vector":
-        parts = sums(flat(g, sizes.K).reshape(B, sizes.n, CHUNK, -1), axis=2)
-        inputs["coarse"], inputs["G"] = (x.reshape(B, sizes.T, -1) for x in parts)
+        inputs["g"] = flat(g, sizes.K)
     inputs["state"] = jnp.zeros((B, N, sizes.K, sizes.V), jnp.float32)
     if initial_state is not None:
         inputs["state"] = jnp.pad(
@@ -85,9 +84,20 @@ def gated_delta_rule(
     return o.reshape(B, sizes.T, N, sizes.V)[:, :T, :, :V], state[:, :, :K, :V]
 
 
+def _cumulated(inputs: dict, sizes: Sizes) -> dict:
+    """With the sums of a vector decay `g` in its place, which take more memory than it."""
+    if "g" not in inputs:
+        return inputs
+    parts = sums(inputs["g"].reshape(sizes.B, sizes.n, CHUNK, -1), axis=2)
+    coarse, G = (x.reshape(inputs["g"].shape) for x in parts)
+    others = {name: x for name, x in inputs.items() if name != "g"}
+    return others | {"coarse": coarse, "G": G}
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _rule(inputs: dict, sizes: Sizes):
     """(o [B, T, N V], final state) of the padded inputs."""
+    inputs = _cumulated(inputs, sizes)
     outputs = {"o": ("values", inputs["v"].dtype), "state": ("state", jnp.float32)}
     result = sizes.call(functools.partial(_kernel, sizes), inputs, KINDS, outputs)
     return result["o"], result["state"]
@@ -99,12 +109,13 @@ def _rule_forward(inputs, sizes):
 
 def _rule_backward(sizes, inputs, cotangents):
     """The forward kernel again for the states before all chunks, then the chunks in reverse."""
+    inputs, pull = jax.vjp(lambda inputs: _cumulated(inputs, sizes), inputs)
     outputs = {"states": ("states", jnp.dtype(sizes.dtype))}
     states = sizes.call(functools.partial(_kernel, sizes), inputs, KINDS, outputs)["states"]
     d_o, d_state = cotangents
     inputs = {name: x for name, x in inputs.items() if name != "state"}
     inputs |= {"states": states, "d_o": d_o, "d_state": d_state}
-    return (backward.gradients(inputs, sizes),)
+    return pull(backward.gradients(inputs, sizes))
 
 
 _rule.defvjp(_rule_forward, _rule_backward)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels._core.decay_sums import Sums, sums
+from pallas_kernels._core.decay_sums import sums
 from pallas_kernels._core.recurrence import Documents
 from pallas_kernels.gated_delta_rule import chunk
 
@@ -15,12 +15,12 @@ CHUNK = 64  # tokens
 
 
 class Chunks(NamedTuple):
-    """The inputs in n chunks of C tokens; N = H r value heads, G the log decay cumulated."""
+    """The inputs in n chunks of C tokens; N = H r value heads."""
 
     q: Float[Array, "n B H C K"]
     k: Float[Array, "n B H C K"]
     v: Float[Array, "n B H r C V"]
-    G: Sums | None  # [n, B, H, r, 1, C], or [n, B, H, r, C, K] for vector decay
+    g: Float[Array, "n B H r c D"] | None  # [1, C], or [C, K] for vector decay
     beta: Float[Array, "n B H r 1 C"]
     documents: Float[Array, "n B 1 C"] | None  # started since the token before the chunk
 
@@ -68,9 +68,8 @@ def split(q, k, v, g, beta, documents: Documents | None, chunk_size: int) -> Chu
     q, k = (cut(x, (H,)) for x in (q, k))
     v, beta = (cut(x, (H, N // H)) for x in (v, beta))
     if g is not None:
-        scalar = g.ndim == 3
-        g = sums(cut(g, (H, N // H)), axis=4)
-        g = g[..., None, :] if scalar else g
+        cut_g = cut(g, (H, N // H))
+        g = cut_g[..., None, :] if g.ndim == 3 else cut_g
     started = None
     if documents is not None:
         started = chunk.documents_started(documents.index, C).swapaxes(0, 1)[:, :, None]
@@ -95,10 +94,10 @@ def _rule_forward(chunks, state, scale):
 
 def _rule_backward(scale, residuals, cotangents):
     """States before all chunks again, then chunks from the last to the first."""
-    (q, k, v, G, beta, documents), state = residuals
+    (q, k, v, g, beta, documents), state = residuals
     d_o, d_state = cotangents
-    parts, pull = jax.vjp(lambda q, k, G, beta: _parts(q, k, G, beta, documents, scale),
-                          q, k, G, beta)  # fmt: skip
+    parts, pull = jax.vjp(lambda q, k, g, beta: _parts(q, k, g, beta, documents, scale),
+                          q, k, g, beta)  # fmt: skip
     parts = _rounded(parts, v.dtype)
 
     def step(state, chunk):
@@ -114,16 +113,17 @@ def _rule_backward(scale, residuals, cotangents):
 
     _, states = jax.lax.scan(step, state, (parts, v))
     d_state, (d_parts, d_v) = jax.lax.scan(back, d_state, (d_o, states, parts, v), reverse=True)
-    d_q, d_k, d_G, d_beta = pull(d_parts)
+    d_q, d_k, d_g, d_beta = pull(d_parts)
     d_documents = None if documents is None else jnp.zeros_like(documents)
-    return Chunks(d_q, d_k, d_v, d_G, d_beta, d_documents), d_state
+    return Chunks(d_q, d_k, d_v, d_g, d_beta, d_documents), d_state
 
 
 _rule.defvjp(_rule_forward, _rule_backward)
 
 
-def _parts(q, k, G, beta, documents, scale: float) -> chunk.Parts:
+def _parts(q, k, g, beta, documents, scale: float) -> chunk.Parts:
     """`chunk.prepare` for all chunks and heads, in fp32."""
+    G = None if g is None else sums(g, axis=5 if g.shape[4] == 1 else 4)
 
     def prepare(q, k, G, beta, documents):
         return chunk.prepare(

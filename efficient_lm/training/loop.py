@@ -75,6 +75,7 @@ class _Loop:
         with Progress(total, start) as self.progress, _signals() as received:
             self._introduce()
             if start < total:
+                self._make_up(start)
                 first = next(self.batches)
                 step = self._compile(first)
                 self._train(step, first, received)
@@ -86,6 +87,18 @@ class _Loop:
                 self._evaluate(last, None)
             self._save(last, wait=True)
         return self._summarize()
+
+    def _make_up(self, start: int) -> None:
+        """The evaluation that a signal, which does not wait for it, left out at `start`."""
+        every = self.config.evaluation.every
+        if not start or not every or start % every:
+            return
+        if processes.from_first("evaluated", lambda: self._known(start)):
+            return
+        self._evaluate(start, self.config.evaluation.batches)
+        if start % self.config.checkpointing.every == 0:
+            self.saved = None  # it was, without these metrics
+            self._save(start, wait=False)
 
     def _known(self, step: int) -> dict[str, Any] | None:
         """The last line of metrics of an evaluation at `step`, if there is one."""

@@ -14,7 +14,7 @@ import pytest
 
 from efficient_lm.config import Config
 from efficient_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from efficient_lm.training import loop
+from efficient_lm.training import loop, manifest
 from efficient_lm.training.checkpoint import CheckpointReader
 from efficient_lm.training.metrics import read_metrics
 
@@ -125,6 +125,25 @@ def test_a_finished_run_says_so_and_is_left_alone(values, tmp_path, capsys):
     assert again["valid"]["loss"] == summary["valid"]["loss"]
     assert "is finished at step 8" in capsys.readouterr().out
     assert rows(tmp_path / "run") == before
+
+
+def test_an_evaluation_that_a_signal_left_out_is_made_up(values, tmp_path, monkeypatch):
+    values["model"]["num_layers"], values["optimizer"] = 1, {}
+    values["training"] |= {"steps": 6, "log_every": 1}
+    values["checkpointing"]["every"] = values["evaluation"]["every"] = 3
+    run, stops = tmp_path / "run", lambda done, received: signal.SIGTERM if done == 3 else 0
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="143"):
+        patched.setattr(loop.watch, "stops", stops)
+        loop.train(Config.from_dict(values), run)
+    assert read_metrics(run, "valid") == []
+    loop.train(Config.from_dict(values), run)
+    assert [(row["step"], row["split"]) for row in rows(run)] == [
+        (1, "train"), (2, "train"), (3, "train"), (3, "valid"),
+        (4, "train"), (5, "train"), (6, "train"), (6, "valid"),
+    ]  # fmt: skip
+    saved = [manifest.read(run / "checkpoints" / step) for step in "36"]
+    places = [content["iterators"][0]["position"]["next_index"] for content in saved]
+    assert saved[0]["metrics"]["loss"] == rows(run)[3]["loss"] and places == [3, 6]
 
 
 def test_persistent_nan_stops_the_run_with_its_state_saved(values, tmp_path, monkeypatch):

@@ -101,6 +101,20 @@ def _facts(q, k, mask, soft_cap, sinks) -> Facts:
 
 def _check(q, k, v, mask, sinks) -> None:
     """Raise one-line ValueErrors for arguments that do not fit together."""
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is of type {type(mask).__name__}; it must be a pallas_kernels.Mask, which "
+            "expressions give by .lower()"
+        )
+    shapes = (q.shape, k.shape, v.shape)
+    same = q.shape[:1] + q.shape[3:] == k.shape[:1] + k.shape[3:] and k.shape == v.shape
+    if not same or any(len(shape) != 4 for shape in shapes):
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not fit; q must be [B, T, N, H], k and v "
+            "[B, S, K, H]"
+        )
+    if any(0 in shape for shape in shapes):
+        raise ValueError(f"q {q.shape} or k {k.shape} is empty; give at least one token")
     if q.shape[2] % k.shape[2] != 0:
         raise ValueError(
             f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads; "

@@ -45,10 +45,20 @@ def linear_cross_entropy(
         correct_sum (weights of rows where no logit is higher than the label's).
 
     Raises:
-      ValueError: unknown implementation, or features of hidden and weight differ.
+      ValueError: unknown implementation, no rows, or shapes that do not fit.
     """
     weights = jnp.ones(labels.shape) if weights is None else lax.stop_gradient(weights)
     choice = explain(hidden, weight, implementation=implementation)
+    if not labels.shape == weights.shape == hidden.shape[:-1]:
+        raise ValueError(
+            f"linear_cross_entropy: labels {labels.shape} and weights {weights.shape} must have "
+            f"the shape of the rows, {hidden.shape[:-1]}"
+        )
+    if labels.size == 0 or chunk_logits < 1:
+        raise ValueError(
+            f"linear_cross_entropy: {labels.size} rows, chunk_logits={chunk_logits}; both must be "
+            "at least 1"
+        )
     hidden, labels, weights = _rows(hidden), labels.reshape(-1), weights.reshape(-1)
     options = Options(soft_cap, z_loss, chunk_logits)
     total, sums = choice.implementation.load()(hidden, weight, labels, weights, options)

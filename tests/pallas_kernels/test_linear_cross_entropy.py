@@ -218,6 +218,8 @@ def test_errors_say_what_is_allowed(rng):
         linear_cross_entropy(hidden, weight, labels, implementation="triton")
     with pytest.raises(ValueError, match="same last dimension"):
         explain(hidden, weight[:, 1:])
+    with pytest.raises(ValueError, match="0 rows, chunk_logits=8; both must be at least 1"):
+        linear_cross_entropy(hidden[:0], weight, labels[:0], chunk_logits=8)
 
 
 def test_one_reading_of_the_logits_gives_their_maximum_and_sum(rng):

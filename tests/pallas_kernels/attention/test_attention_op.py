@@ -9,7 +9,7 @@ import pytest
 
 from efficient_lm import masks
 from pallas_kernels._core.testing import errors_against, relative_error, value_and_gradients
-from pallas_kernels.attention import Mask, Term, attention, explain, ref, schedule, xla
+from pallas_kernels.attention import Mask, Term, api, attention, explain, ref, schedule, xla
 
 FORMS = {"panels": (16, None), "tiles": (16, 8)}
 
@@ -247,5 +247,12 @@ def test_users_errors_are_one_line():
         attention(q, k, v, mask=Mask((), key_segments=jnp.ones((1, 3), jnp.int32)))
     with pytest.raises(ValueError, match="give query_segments"):
         attention(q, k, v, mask=Mask((Term(segments=True),)))
+    with pytest.raises(ValueError, match=r"of type \w+; it must be a pallas_kernels.Mask"):
+        api._check(q, k, v, masks.Causal(), None)
+    for wrong in ((q[0], k[0], v[0]), (q, k, v[:, :3]), (q, k[..., :2], v[..., :2])):
+        with pytest.raises(ValueError, match=r"k and v \[B, S, K, H\]"):
+            explain(*wrong, mask=causal)
+    with pytest.raises(ValueError, match="is empty; give at least one token"):
+        explain(q[:, :0], k, v, mask=causal)
     with pytest.raises(ValueError, match="sinks has shape"):
         explain(q, k, v, mask=causal, sinks=jnp.ones(3))

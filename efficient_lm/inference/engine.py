@@ -248,7 +248,10 @@ def bucket(length: int) -> int:
 def _encode(model: Model, tokenizer: Any, prompt: Any, index: int) -> np.ndarray:
     """The ids of one prompt, checked against the model."""
     if isinstance(prompt, str):
-        ids = np.asarray(tokenizer.encode(prompt), np.int32)
+        try:
+            ids = np.asarray(tokenizer.encode(prompt), np.int32)
+        except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8
+            raise UserError(f"prompt {index} is not Unicode text: {error.reason}") from None
     else:
         ids = np.asarray(prompt)
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):

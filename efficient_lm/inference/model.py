@@ -63,7 +63,8 @@ class Model:
         segment_ids: document of each token, 0 = padding. positions: default 0, 1, 2, ...
 
         Raises:
-          UserError: not [B, T], not integers, an id outside the vocabulary, or T > max_length.
+          UserError: not [B, T], not integers, empty, an id outside the vocabulary, T > max_length,
+            or segment_ids or positions of another shape.
         """
         tokens = _integers(tokens, "tokens")
         if not isinstance(tokens, jax.core.Tracer):
@@ -72,6 +73,11 @@ class Model:
             None if x is None else _integers(x, name)
             for name, x in (("segment_ids", segment_ids), ("positions", positions))
         ]
+        for name, x in zip(("segment_ids", "positions"), rest, strict=True):
+            if x is not None and x.shape != tokens.shape:
+                raise UserError(
+                    f"{name} has shape {x.shape}; it must be that of tokens, {tokens.shape}"
+                )
         return self.programs.forward(self.arrays, tokens, *rest)
 
     def _check(self, tokens) -> None:
@@ -80,7 +86,9 @@ class Model:
             raise UserError(
                 f"tokens are {tokens.shape[1]} long; the context of this model is {length}"
             )
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < limit:
+        if not tokens.size:
+            raise UserError(f"tokens has shape {tokens.shape}; give at least one row and token")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < limit:
             raise UserError(
                 f"token ids lie in [{int(tokens.min())}, {int(tokens.max())}]; this model has "
                 f"ids 0 to {limit - 1}"

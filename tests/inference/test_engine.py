@@ -146,6 +146,7 @@ def test_nothing_is_compiled_twice(models):
         (["a", [1, 256]], {}, "prompt 1 has token ids in [1, 256]"),
         ([[0.5]], {}, "prompt 0 is neither a text nor a list of token ids"),
         ([], {}, "no prompt is given"),
+        (["\udcff"], {}, "prompt 0 is not Unicode text"),
         (["a"], {"max_new_tokens": 0}, "max_new_tokens=0"),
         (["a"], {"top_p": 2.0}, "top_p=2.0"),
         (["a", "b"], {"seed": [1]}, "1 seeds are given for 2 prompts"),

@@ -106,6 +106,7 @@ def test_a_model_without_a_tokenizer_loads_and_says_so(tmp_path, workdir):
         ([[1, 2], [3]], "tokens has rows of different lengths"),
         ([1, 2], r"tokens has shape \(2,\)"),
         ([[0.5]], "must be .B, T. integers"),
+        (np.zeros((2, 0), int), r"tokens has shape \(2, 0\); give at least one row and token"),
         ([[256]], r"token ids lie in \[256, 256\]; this model has ids 0 to 255"),
         ([[0] * 65], "tokens are 65 long; the context of this model is 64"),
     ],
@@ -113,6 +114,12 @@ def test_a_model_without_a_tokenizer_loads_and_says_so(tmp_path, workdir):
 def test_tokens_that_do_not_fit_are_named(models, tokens, words):
     with pytest.raises(UserError, match=words):
         models["full"](tokens)
+
+
+def test_segments_and_positions_are_those_of_the_tokens(models):
+    for name in ("segment_ids", "positions"):
+        with pytest.raises(UserError, match=rf"{name} has shape \(1, 2\); it must be that of"):
+            models["full"]([[1, 2, 3]], **{name: [[1, 2]]})
 
 
 def test_the_public_names_are_listed_and_others_are_not_there():

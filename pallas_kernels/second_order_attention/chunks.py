@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.second_order_attention.terms import (
     feature_count,
     features,
+    in_two,
     make_terms,
     normalized,
     wide_type,
@@ -40,17 +41,20 @@ def second_order_attention(q, k, v, g, *, scale, initial_state, documents, chunk
     def step(carry, chunk):
         state, document = carry
         q, k, v1, g, index = chunk
-        sums = jnp.cumsum(g, axis=2)
+        parts = [jnp.cumsum(part, axis=2) for part in in_two(g)]
+        sums = sum(parts)
         sees = causal[None] & (index[:, :, None] == index[:, None])
         # Masked before the exponential: above the diagonal it would overflow.
-        gaps = jnp.where(sees[:, None], sums[..., None] - sums[..., None, :], -jnp.inf)
+        gaps = sum(part[..., None] - part[..., None, :] for part in parts)
+        gaps = jnp.where(sees[:, None], gaps, -jnp.inf)
         weights = jnp.square(scale * product("bnik,bnjk->bnij", q, k)) * jnp.exp(gaps)
         out = product("bnij,bnjv->bniv", weights.astype(v1.dtype), v1)
         kept = jnp.exp(jnp.where((index == document[:, None])[:, None], sums, -jnp.inf))
         before = product("bnip,bnpv->bniv", features(q.astype(wide)), state)
         out = out + kept[..., None] * before
         last = (index == index[:, -1:])[:, None]
-        to_end = jnp.exp(jnp.where(last, sums[..., -1:] - sums, -jnp.inf))
+        left = sum(part[..., -1:] - part for part in parts)
+        to_end = jnp.exp(jnp.where(last, left, -jnp.inf))
         added = features(scale * k.astype(wide)) * to_end[..., None]
         state = kept[:, :, -1, None, None] * state
         state = state + product("bnjp,bnjv->bnpv", added, v1.astype(wide))

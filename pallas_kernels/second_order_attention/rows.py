@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels._core.recurrence import Documents
-from pallas_kernels.second_order_attention.terms import make_terms, normalized, wide_type, with_ones
+from pallas_kernels.second_order_attention.terms import (
+    in_two,
+    make_terms,
+    normalized,
+    wide_type,
+    with_ones,
+)
 
 QUERIES = 128  # at a time
 
@@ -48,8 +54,11 @@ def decayed_attention(
         before = place < start
         back = jax.lax.cumsum(jnp.where(before[None, None], g, 0.0), axis=2, reverse=True)
         back = jnp.where(before[None, None], back - g, 0.0)
-        ahead = jnp.cumsum(jnp.where(before[None, None], 0.0, g), axis=2)
-        log_decay = jnp.take(ahead, at, axis=2)[..., None] + (back - ahead)[:, :, None]
+        log_decay = back[:, :, None]
+        for part in in_two(g):
+            ahead = jnp.cumsum(jnp.where(before[None, None], 0.0, part), axis=2)
+            gaps = jnp.take(ahead, at, axis=2)[..., None] - ahead[:, :, None]
+            log_decay = log_decay + gaps
         sees = (place[None] <= at[:, None])[None] & real[:, None]
         sees = sees & (jnp.take(index, at, axis=1)[:, :, None] == index[:, None])
         log_decay = jnp.where(sees[:, None], log_decay, -jnp.inf)

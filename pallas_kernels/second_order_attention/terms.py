@@ -11,6 +11,7 @@ from pallas_kernels._core.recurrence import Documents, over_heads
 
 SMALLEST_SUM = 1e-12  # of the weights of a row, in every form: 1 / SMALLEST_SUM^2 fits in fp32
 SMALLEST_LOG_DECAY = -100.0  # exp of it is 0 in fp32; sums of such numbers stay finite
+COARSE = 2.0**-9  # in fp32, sums of up to 327 multiples of it >= SMALLEST_LOG_DECAY are exact
 
 
 def feature_count(size: int) -> int:
@@ -82,6 +83,15 @@ def make_terms(q, k, v, g, documents: Documents | None) -> Terms:
         g = jnp.where(real[:, :, None], g, 0.0)
     q, k = over_heads(q, heads), over_heads(k, heads)
     return Terms(*(jnp.moveaxis(x, 1, 2) for x in (q, k, v, g)), index)
+
+
+def in_two(g: Float[Array, "*tokens"]) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
+    """(multiples of COARSE, the small rest) with sum g, whose sums over a chunk keep their digits.
+
+    Differences of sums of g itself lose those of small decays that stand beside large ones.
+    """
+    coarse = jax.lax.stop_gradient(COARSE * jnp.round(g / COARSE))
+    return coarse, g - coarse
 
 
 def with_ones(v: Float[Array, "*tokens V"], multiple: int = 1) -> Float[Array, "*tokens V1"]:

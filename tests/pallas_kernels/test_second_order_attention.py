@@ -87,6 +87,25 @@ def test_values_and_gradients_equal_the_reference(rng, name, dtype):
     assert errors.pop("out") < limits[0] and max(errors.values()) < limits[1], errors
 
 
+def test_small_decays_keep_their_digits_beside_large_ones(rng):
+    """Half of the tokens forget everything; the others, nearly nothing."""
+    q, k, v, g = make(rng, B=1, T=300, K=32)
+    g = jnp.asarray(np.where(rng.random(g.shape) < 0.5, -100.0, -1e-3), jnp.float32)
+    weight = jnp.cos(jnp.arange(v.size, dtype=jnp.float32)).reshape(v.shape)
+
+    def outputs(name, *arrays):
+        run = lambda g: second_order_attention(*arrays[:3], g, implementation=name)[0]  # noqa: E731
+        out, pull = jax.vjp(run, arrays[3])
+        return out, pull(weight.astype(out.dtype))[0]
+
+    with jax.enable_x64(True):
+        exact = outputs("ref", *(x.astype(jnp.float64) for x in (q, k, v, g)))
+    for name in ("xla_rows", "xla_chunks"):
+        for found, wanted in zip(outputs(name, q, k, v, g), exact, strict=True):
+            error = np.linalg.norm(found - np.asarray(wanted)) / np.linalg.norm(wanted)
+            assert error < 5e-6, (name, error)
+
+
 def test_gradient_of_the_states(rng):
     q, k, v, g = make(rng)
     state = jnp.asarray(rng.normal(size=(2, 2, 21, 6)) ** 2, jnp.float32)

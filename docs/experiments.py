@@ -193,14 +193,17 @@ def expected(experiment: str, values: Callable[[Rows], dict[str, float | None]])
 
 def rates(experiment: str, part: str, key: str) -> str:
     """Bits per byte on the CPU by learning rate, of the methods that had more than one."""
-    found = {}
-    for pattern in ("cpu", "rate_*_cpu"):
+    rows_at: dict[float, Rows] = {}
+    for pattern in ("cpu*", "rate_*_cpu"):
         for result in tables.results(f"experiments/{experiment}/results/{pattern}.json"):
-            rate = result[key].get(part, {}).get("rate")
-            found[rate] = scores(result["rows"], part, lambda row: row["bits_per_byte"])
-    if len(found) < 2:
+            if part in result[key]:
+                rows_at.setdefault(result[key][part]["rate"], []).extend(result["rows"])
+    if len(rows_at) < 2:
         return table((), ())
-    found = dict(sorted(found.items()))
+    found = {
+        rate: scores(rows, part, lambda row: row["bits_per_byte"])
+        for rate, rows in sorted(rows_at.items())
+    }
     methods = set.intersection(*(set(values) for values in found.values()))
     order = [m for values in found.values() for m in values if m in methods]
     rows = [

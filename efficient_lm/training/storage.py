@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import functools
 import logging
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,11 +134,27 @@ def orbax():
     """Orbax's v1 interface, imported when first needed; its failures are told by us, in a line."""
     from orbax.checkpoint import v1
 
-    logging.getLogger("absl").addFilter(_is_no_failed_save)  # adding it twice has no effect
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_failed_save)  # adding it twice has no effect
+    _pass_over_closed_loops()
     return v1
 
 
+@functools.cache
+def _pass_over_closed_loops() -> None:
+    """Print nothing of writes that Orbax gave up and that end after its event loop is closed."""
+    print_unraisable = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_unraisable(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def _is_no_failed_save(record: logging.LogRecord) -> bool:
-    """False for what orbax's threads log beside the exception that we report."""
+    """False for what is logged of orbax's threads and futures beside the failure that we report."""
     message = record.getMessage()
+    if "never retrieved" in message and "orbax-checkpoint-tmp" in message:
+        return False
     return "_SignalingThread.run() raised" not in message and "Skipping merge of" not in message

@@ -1,12 +1,14 @@
 """Checkpoints: exact, atomic, and honest about damage."""
 
 import errno
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ import pytest
 
 from efficient_lm.config import CheckpointingConfig
 from efficient_lm.errors import CheckpointError
-from efficient_lm.training import manifest
+from efficient_lm.training import manifest, storage
 from efficient_lm.training.checkpoint import Checkpointer, CheckpointReader, open_for_reading
 
 
@@ -324,8 +326,6 @@ def small_disk(tmp_path, monkeypatch):
     yield tmp_path
 
 
-# Writes that Orbax gives up may end after its event loop is closed, and Python says so.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_stops_the_save_and_not_the_run(small_disk, caplog):
     told = []
     big = make_state(2, rows=60_000)
@@ -345,6 +345,21 @@ def test_a_full_disk_stops_the_save_and_not_the_run(small_disk, caplog):
     assert checkpointer.steps() == [1, 3]
     assert_same(checkpointer.restore(abstract(make_state(0))).state, make_state(3))
     assert not caplog.text  # no traceback of a library's thread beside our line
+
+
+def test_what_ends_after_a_failed_save_is_not_told(caplog, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    storage._pass_over_closed_loops.__wrapped__()
+    closed, other = (SimpleNamespace(exc_value=RuntimeError(text))
+                     for text in ("Event loop is closed", "another"))  # fmt: skip
+    for ended in (closed, other):
+        sys.unraisablehook(ended)
+    assert told == [other]
+    late = "Future exception was never retrieved: %s"
+    logging.getLogger("asyncio").error(late, "7.saving/arrays.orbax-checkpoint-tmp")
+    logging.getLogger("asyncio").error(late, "another")
+    assert [record.args for record in caplog.records] == [("another",)]
 
 
 def test_places_without_checkpoints_are_told_in_one_line(tmp_path):

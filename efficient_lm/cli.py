@@ -146,8 +146,8 @@ def _guarded(function: Callable):
         if error.filename is None:
             _drop_output()
         _fail(
-            f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or "
-            "write elsewhere",
+            f"cannot use {error.filename or 'the output'}: {error.strerror}; free some space, or "
+            "give a place that may be read and written",
             CheckpointError.exit_code,
         )
 

@@ -22,7 +22,7 @@ from efficient_lm.data.tokenizers import (
     load_tokenizer,
     make_tokenizer,
 )
-from efficient_lm.errors import CheckpointError
+from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.model.definition import ModelDefinition, define
 from efficient_lm.parallel.check import check_mesh
 from efficient_lm.parallel.mesh import make_mesh
@@ -95,13 +95,29 @@ def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
     )
 
 
+def _check_tokenizer(config: Config, workdir: Path) -> None:
+    """ConfigError where the run was begun with another tokenizer than the config names."""
+    try:
+        before = json.loads((workdir / "config.json").read_text())["data"]["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the first start was cut off
+    if before != config.data.tokenizer:
+        raise ConfigError(
+            f"config.data.tokenizer={config.data.tokenizer!r}, but the run in {workdir} has a copy "
+            f"of {before!r}; give that or another --workdir"
+        )
+
+
 def _tokenizer(config: Config, workdir: Path) -> Tokenizer:
     """The tokenizer saved in the run, so that a resumed run keeps its ids, or a new one, saved."""
     directory = workdir / "tokenizer"
 
     def make() -> None:
         if directory.exists():
+            _check_tokenizer(config, workdir)
             return
+        if any(workdir.glob("checkpoints/*")):
+            warn(f"{directory} is missing and made again; its ids are the same if the data are")
         tokenizer = make_tokenizer(config.data)
         partial = workdir / "tokenizer.partial"
         shutil.rmtree(partial, ignore_errors=True)

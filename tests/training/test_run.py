@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from efficient_lm.config import Config
 from efficient_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from efficient_lm.training import loop, manifest
+from efficient_lm.training import loop, manifest, setup
 from efficient_lm.training.checkpoint import CheckpointReader
 from efficient_lm.training.metrics import read_metrics
 
@@ -184,6 +185,19 @@ def test_a_save_that_fails_midway_does_not_end_the_run(values, tmp_path, monkeyp
     loop.train(Config.from_dict(values), tmp_path / "run")
     assert "warning: the disk is full" in capsys.readouterr().out
     assert CheckpointReader(tmp_path / "run").steps() == [12, 14]
+
+
+def test_a_run_keeps_its_tokenizer(values, tmp_path, capsys):
+    config = Config.from_dict(values)
+    setup._tokenizer(config, tmp_path)
+    setup._write_config(config, tmp_path)
+    values["data"]["tokenizer"] = "characters"
+    with pytest.raises(ConfigError, match=r"'characters', but the run in .* of 'bytes'; give that"):
+        setup._tokenizer(Config.from_dict(values), tmp_path)
+    shutil.rmtree(tmp_path / "tokenizer")
+    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    setup._tokenizer(config, tmp_path)
+    assert "tokenizer is missing and made again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def duration(seconds: float | int | None) -> str:
     """Seconds in a readable unit; a question mark for None."""
     if seconds is None:
         return "?"
+    if seconds < 1e-4:
+        return f"{1e6 * seconds:.2f} us"
     return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 

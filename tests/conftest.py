@@ -19,11 +19,11 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """-n auto: a process a core, as many as have 6 GB of memory each; an accelerator takes one."""
+    """-n auto: a process a core, as many as have 3 GB of memory each; an accelerator takes one."""
     if config.getoption("accelerator"):
         return 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(os.cpu_count(), memory // (6 << 30)))
+    return max(1, min(os.cpu_count(), memory // (3 << 30)))
 
 
 def pytest_configure(config):

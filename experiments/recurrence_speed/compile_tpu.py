@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,19 @@ def row(topology: str, op: str, case: Case, label: str) -> dict:
     """What the compiler says of one pass, with packed documents, an initial and a final state."""
     shape = {name: getattr(case, name) for name in ("B", "T", "H", "N", "K", "V", "decay", "dtype")}
     found = {"shape": shape, "vmem_capacity": vmem_capacity(topology)}
+    run, given = passes(op, case, "mosaic_tpu")
+    try:
+        compiled = testing.compile_for_tpu(topology, run[label], *given)
+    except Exception as error:  # a kernel that a chip cannot take is a result
+        return found | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
+    return found | {
+        "kernels": kernels(compiled.as_text()),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def passes(op: str, case: Case, implementation: str) -> tuple[dict[str, Callable], tuple]:
+    """Functions by the name of the pass, and the shapes of what they are called with."""
     arguments, _ = jax.eval_shape(case.inputs)
     state = jax.ShapeDtypeStruct((case.B, case.N, case.K, case.V), jnp.float32)
     segments = jax.ShapeDtypeStruct((case.B, case.T), jnp.int32)
@@ -78,22 +92,14 @@ def row(topology: str, op: str, case: Case, label: str) -> dict:
     def forward(arguments, state, segments):
         return getattr(pallas_kernels, op)(
             *arguments, initial_state=state, segment_ids=segments, output_final_state=True,
-            implementation="mosaic_tpu",
+            implementation=implementation,
         )  # fmt: skip
 
     def both(arguments, state, segments):
         out, pull = jax.vjp(lambda *given: forward(*given, segments), arguments, state)
         return out, pull(out)
 
-    run = {"forward": forward, "forward_backward": both}[label]
-    try:
-        compiled = testing.compile_for_tpu(topology, run, arguments, state, segments)
-    except Exception as error:  # a kernel that a chip cannot take is a result
-        return found | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
-    return found | {
-        "kernels": kernels(compiled.as_text()),
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    }
+    return {"forward": forward, "forward_backward": both}, (arguments, state, segments)
 
 
 def kernels(program: str) -> list[dict]:

@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.recurrence_speed import compile_tpu, errors, shapes
+from experiments.recurrence_speed import compile_gpu, compile_tpu, errors, shapes
 from experiments.recurrence_speed.ours import inputs, measure
 from pallas_kernels._core.recurrence_bench import Case
 from pallas_kernels._core.testing import relative_error
@@ -61,3 +62,22 @@ def test_kernels_that_do_not_compile_are_rows(tmp_path, monkeypatch):
     (kernel,) = rest[0]["kernels"]
     assert 0 < kernel["vmem_used"] < kernel["vmem_limit"]
     assert "numbers in the states" in rest[1]["error"]
+
+
+def test_compiling_for_a_gpu_says_what_it_needs(tmp_path, capsys):
+    assert compile_gpu.main([f"--plugin={tmp_path}", f"--out={tmp_path / 'x'}"]) == 2
+    error = capsys.readouterr().err
+    assert "xla_cuda_plugin.so is not there" in error and error.count("\n") == 1
+
+
+def test_what_a_library_prints_is_read(capfd):
+    report = (
+        "ptxas info    : Compiling entry function 'kernel' for 'sm_90a'\n"
+        "    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 16 barriers\n"
+    )
+    with compile_gpu.printed() as lines:
+        os.write(1, report.encode())  # past Python's own stdout
+    print("afterwards")
+    assert compile_gpu.PTXAS.findall("".join(lines)) == [("12", "8", "168")]
+    assert capfd.readouterr().out == "afterwards\n"

@@ -18,6 +18,7 @@ from efficient_lm.data.tokenizers import make_tokenizer
 from efficient_lm.inference.speed import state_bytes
 
 STEPS_AT_ONCE = 25  # at most, in one call of the device
+SCORES = 16  # about so many, of recall on the way
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def prepare_language(task: Task, mixer: str) -> Callable[[], dict]:
 def prepare_recall(task: Task, mixer: str) -> Callable[[], dict]:
     """Compile the training of all rates and seeds together; the function that does it.
 
-    Its row has the accuracy for each number of pairs.
+    Its row has the accuracy for each number of pairs in the end, and their mean on the way there.
     """
     config = make_config(task, mixer)
     programs = training.make_programs(config)
@@ -107,25 +108,34 @@ def prepare_recall(task: Task, mixer: str) -> Callable[[], dict]:
     run = programs.compile(rates, stacks[0], held_out[task.pairs[0]], len(members))
     compile_seconds = time.perf_counter() - began
 
+    def by_rate(values):  # [members] -> [rates, seeds]
+        return np.asarray(values, np.float64).reshape(len(task.rates), -1).round(4)
+
+    def score(state):  # {pairs: accuracy [rates, seeds]}
+        sums = {pairs: run.evaluate(state, batch) for pairs, batch in held_out.items()}
+        return {p: by_rate(s["correct_sum"] / s["weight_sum"]) for p, s in sums.items()}
+
     def row() -> dict:
         began = time.perf_counter()
-        state, curve = run.begin(seeds), []
-        for stack in stacks:
+        state, curve, accuracies = run.begin(seeds), [], {}
+        for number, stack in enumerate(stacks, 1):
             state, losses = run.advance(state, rates, stack)
             curve.append(losses[:, -1])
-        sums = {pairs: run.evaluate(state, batch) for pairs, batch in held_out.items()}
-
-        def by_rate(values):  # [members] -> [rates, seeds]
-            return np.asarray(values, np.float64).reshape(len(task.rates), -1).round(4)
-
-        accuracy = {p: by_rate(s["correct_sum"] / s["weight_sum"]) for p, s in sums.items()}
+            if number % max(1, len(stacks) // SCORES) == 0 or number == len(stacks):
+                accuracies[number * steps_at_once(task)] = score(state)
+        accuracy = accuracies[task.steps]
         means = np.mean(list(accuracy.values()), axis=(0, 2)).round(4)
         best = int(np.argmax(means))
+
+        def mean(accuracy):  # over numbers of pairs, [seeds]
+            return np.mean([a[best] for a in accuracy.values()], axis=0).round(4).tolist()
+
         return described("recall", task, mixer, programs.parameters) | {
             "rate": task.rates[best],
             "mean_accuracy_by_rate": dict(zip(map(str, task.rates), means.tolist(), strict=True)),
             "accuracy": {str(p): round(a[best].mean(), 4) for p, a in accuracy.items()},
             "accuracy_by_seed": {str(p): a[best].tolist() for p, a in accuracy.items()},
+            "mean_accuracy_by_steps": {str(n): mean(a) for n, a in accuracies.items()},
             "loss_curve": [round(by_rate(losses)[best].mean(), 4) for losses in curve],
             "compile_seconds": round(compile_seconds, 1),
             "seconds": round(time.perf_counter() - began, 1),

@@ -52,6 +52,8 @@ def test_every_part_gives_its_rows(tmp_path):
     assert set(recall["accuracy"]) == {"2", "4"}
     assert all(0 <= value <= 1 for value in recall["accuracy"].values())
     assert [len(seeds) for seeds in recall["accuracy_by_seed"].values()] == [2, 2]
+    last = recall["mean_accuracy_by_steps"]["4"]  # after the smoke arm's four steps
+    assert last == np.mean(list(recall["accuracy_by_seed"].values()), axis=0).round(4).tolist()
     assert speed["tokens_per_second"] > 0 and speed["skipped"] == 0
     assert len({row["state_bytes"] for row in decodes}) == 1  # whatever the context
 

@@ -12,7 +12,9 @@ from efficient_lm.mixers.recurrent import kept_inputs
 
 def elu(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
     """elu(x) + 1, which is above 0 (arXiv 2006.16236, eq. 7)."""
-    return jax.nn.elu(x) + jnp.ones((), x.dtype)
+    one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)
+    # exp(x), not (exp(x) - 1) + 1: bf16 would lose all of it for x below -6.
+    return jnp.where(x > zero, x + one, jnp.exp(jnp.where(x > zero, zero, x)))
 
 
 def squared_relu(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_lm.config import ModelConfig
+from efficient_lm.config import ModelConfig, OptimizerConfig
 from efficient_lm.errors import ConfigError
 from efficient_lm.mixers import feature_maps
 from efficient_lm.mixers.linear_attention import LinearAttention, LinearAttentionOptions
 from efficient_lm.model.context import Context
 from efficient_lm.model.rope import RopeConfig, rotate
+from efficient_lm.training.optimizer import parameter_groups
 
 MODEL = ModelConfig(embed_dim=16, num_layers=1, initializer="fan_in")
 LENGTH, HEADS, KEY_DIM = 10, 2, 8
@@ -29,6 +30,37 @@ def projected(rng):
         name: jnp.asarray(rng.standard_normal((1, LENGTH, HEADS, KEY_DIM)), jnp.float32)
         for name in ("query", "key", "value")
     }
+
+
+def test_feature_maps_are_those_of_their_papers(projected):
+    x = projected["query"]
+    wide = np.asarray(x, np.float64)
+    expected = np.where(wide > 0, wide + 1, np.exp(np.minimum(wide, 0)))
+    np.testing.assert_allclose(feature_maps.elu(x), expected, rtol=1e-6)
+    slopes = jax.grad(lambda x: jnp.sum(feature_maps.elu(x)))(x.at[0, 0].set(0.0))
+    np.testing.assert_allclose(slopes[:, 1:], np.minimum(expected, 1.0)[:, 1:], rtol=1e-5)
+    assert np.all(slopes[:, 0] == 1)
+    expected = np.maximum(wide, 0) ** 2
+    np.testing.assert_allclose(feature_maps.squared_relu(x), expected, rtol=1e-6)
+    mixer = make(feature_map="hedgehog")
+    for start in (True, False):
+        matrix = np.broadcast_to(np.eye(KEY_DIM)[None], (HEADS, KEY_DIM, KEY_DIM))
+        if not start:
+            matrix = np.random.default_rng(1).standard_normal(matrix.shape)
+            mixer.query_map[...] = jnp.asarray(matrix, jnp.float32)
+        y = np.einsum("btnk,nkf->btnf", wide, matrix)
+        both = np.exp(np.concatenate([y, -y], axis=-1))
+        expected = both / both.sum(-1, keepdims=True)
+        np.testing.assert_allclose(mixer.features(x, "query_map"), expected, rtol=1e-4)
+
+
+def test_elu_keeps_its_digits_in_bf16():
+    """As far as a weight is above 0, which it must be: keys far below 0 still have some."""
+    x = jnp.linspace(-30.0, 9.0, 79).astype(jnp.bfloat16)[None, None, None]
+    wide = np.asarray(x, np.float64)
+    expected = np.where(wide > 0, wide + 1, np.exp(np.minimum(wide, 0)))
+    found = np.asarray(feature_maps.elu(x), np.float64)
+    assert np.abs(found / expected - 1).max() < 2**-8
 
 
 def smoothed(weights, projected, log_decay=None):
@@ -150,6 +182,54 @@ def test_decays(projected, rng):
     vector = jnp.repeat(logits[..., None], KEY_DIM, axis=-1)
     same, _, _ = make(decay="vector").core(projected | {"decay": vector}, CONTEXT)
     np.testing.assert_allclose(same, found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_layer_is_gated_linear_attention(rng):
+    """Short convolutions and SiLU, decays through few features, norm, gate: in float64."""
+    options = {"value_dim": 3, "feature_map": "identity", "decay": "vector", "decay_rank": 3,
+               "normalize": "rms", "gate": "silu", "convolution_width": 4}  # fmt: skip
+    graph, state = nnx.split(make(**options))
+    noise = lambda x: 0.3 * jnp.asarray(rng.standard_normal(x.shape), x.dtype)  # noqa: E731
+    state = jax.tree.map(lambda x: x + noise(x), state)
+    mixer = nnx.merge(graph, state)
+    p = {k: np.asarray(v, np.float64) for k, v in nnx.to_pure_dict(state).items()}
+    x = rng.standard_normal((LENGTH, MODEL.embed_dim))
+    silu = lambda x: x / (1.0 + np.exp(-x))  # noqa: E731
+
+    def convolved(name):
+        y = np.einsum("td,dnh->tnh", x, p[name])
+        padded = np.concatenate([np.zeros((3, *y.shape[1:])), y])
+        weight = p[f"{name}_convolution"]
+        return silu(sum(weight[..., i] * padded[i : i + LENGTH] for i in range(4)))
+
+    q, k, v = map(convolved, ("query", "key", "value"))
+    logits = np.einsum("td,dr,rnf->tnf", x, p["decay_down"], p["decay_up"]) + p["decay_bias"]
+    keep = (1.0 / (1.0 + np.exp(-logits))) ** (1 / 16)
+    memory, y = np.zeros((HEADS, KEY_DIM, 3)), np.zeros_like(v)
+    for t in range(LENGTH):
+        memory = keep[t][..., None] * memory + k[t][..., None] * v[t][:, None]
+        y[t] = np.einsum("nk,nkv->nv", q[t], memory) / np.sqrt(KEY_DIM)
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + MODEL.norm_epsilon) * p["norm"]
+    y = y * silu(np.einsum("td,dnh->tnh", x, p["gate"]))
+
+    @jax.jit
+    def layer(x):
+        given = mixer.project(x, CONTEXT)
+        return mixer.output(mixer.core(given, CONTEXT)[0], given, CONTEXT)
+
+    found = layer(jnp.asarray(x, jnp.float32)[None])[0]
+    np.testing.assert_allclose(found, np.einsum("tnh,nhd->td", y, p["out"]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", ["retention", "vector"])
+def test_decays_norms_and_maps_of_features_have_no_weight_decay(decay):
+    mixer = make(
+        feature_map="hedgehog", decay=decay, normalize="rms", gate="silu", convolution_width=4
+    )
+    groups = parameter_groups(OptimizerConfig(), nnx.state(mixer))
+    matrices = {"query", "key", "value", "gate", "out"}
+    matrices |= {"decay_down", "decay_up"} if decay == "vector" else set()
+    assert {name for name, group in groups.items() if group.decay} == matrices
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from flax import nnx
 
 from efficient_lm.config import ModelConfig, OptimizerConfig
 from efficient_lm.errors import ConfigError
+from efficient_lm.mixers import recurrent
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetOptions
 from efficient_lm.mixers.kda import KimiDeltaAttention, KimiDeltaAttentionOptions
 from efficient_lm.model.context import Context
@@ -146,6 +147,18 @@ def test_gradients_are_finite_where_queries_and_keys_are_zero(x):
 
     gradients = jax.grad(loss, argnums=(0, 1))(state, x.at[:, :5].set(0.0))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+
+
+def test_norms_of_keys_have_an_epsilon_beside_the_square_and_are_fp32_in_bf16(rng):
+    """x / sqrt(|x|^2 + 1e-6)."""
+    sizes = np.array([1.0, 1e-3, 1e-5])[:, None]
+    x = sizes * rng.standard_normal((3, 64)) / 8
+    expected = x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
+    found = recurrent.unit_norm(jnp.asarray(x, jnp.float32)[None, None])
+    np.testing.assert_allclose(found[0, 0], expected, rtol=1e-5)
+    half = jnp.asarray(x, jnp.bfloat16)[None, None]
+    once = recurrent.unit_norm(half.astype(jnp.float32)).astype(jnp.bfloat16)  # rounded
+    np.testing.assert_array_equal(recurrent.unit_norm(half), once)
 
 
 def test_policies_can_keep_what_the_kernel_gave_and_little_else(x):

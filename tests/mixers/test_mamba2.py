@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_lm.config import ModelConfig
+from efficient_lm.config import ModelConfig, OptimizerConfig
 from efficient_lm.errors import ConfigError
 from efficient_lm.mixers.mamba2 import Mamba2, Mamba2Options
 from efficient_lm.model.context import Context
+from efficient_lm.training.optimizer import parameter_groups
 from tests.parallel import test_equality as meshes
 
 MODEL = ModelConfig(embed_dim=8, num_layers=1, initializer="fan_in")
@@ -59,6 +60,17 @@ def test_the_layer_is_a_state_space_model(rng, groups, norm):
     projected = mixer.project(jnp.asarray(x, jnp.float32)[None], CONTEXT)
     found = mixer.output(mixer.core(projected, CONTEXT)[0], projected, CONTEXT)
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_it_starts_as_published_and_decays_steps_and_skips_have_no_weight_decay():
+    mixer = Mamba2(MODEL, Mamba2Options(head_dim=1), nnx.Rngs(0))  # of 16 heads
+    rates, steps = np.exp(mixer.log_rate[...]), jax.nn.softplus(mixer.step_bias[...])
+    assert np.all((rates > 0.99) & (rates < 16.01)) and rates.max() - rates.min() > 8
+    assert np.all((steps > 0.99e-3) & (steps < 0.101)) and np.max(steps) > 10 * np.min(steps)
+    assert np.all(mixer.skip[...] == 1) and np.all(mixer.norm[...] == 1)
+    groups = parameter_groups(OptimizerConfig(), nnx.state(mixer))
+    decayed = {name for name, group in groups.items() if group.decay}
+    assert decayed == {"query", "key", "value", "gate", "step", "out"}
 
 
 def test_a_norm_over_groups_of_heads_is_not_mixed_in_stages(monkeypatch):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_lm.config import Config, ModelConfig, layer
+from efficient_lm.config import Config, ModelConfig, OptimizerConfig, layer
 from efficient_lm.errors import ConfigError
 from efficient_lm.mixers.two_mamba import TwoMamba, TwoMambaOptions
 from efficient_lm.model.context import Context
+from efficient_lm.training.optimizer import parameter_groups
 from tests.model.tiny import run, tiny
 
 MODEL = ModelConfig(embed_dim=8, num_layers=1, initializer="fan_in")
@@ -70,6 +71,24 @@ def test_the_layer_is_that_of_the_paper(rng, options):
     projected = mixer.project(jnp.asarray(x, jnp.float32)[None], context)
     found = mixer.output(mixer.core(projected, context)[0], projected, context)[0]
     np.testing.assert_allclose(found, np.einsum("tnh,nhd->td", y, p["out"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", ["softplus", "step"])
+def test_a_decay_starts_as_published_and_small_parameters_have_no_weight_decay(decay):
+    options = TwoMambaOptions(num_heads=8, score="linear", decay=decay)
+    mixer = TwoMamba(MODEL, options, nnx.Rngs(0))
+    if decay == "step":
+        rates, steps = np.exp(mixer.log_rate[...]), jax.nn.softplus(mixer.step_bias[...])
+        assert np.all((rates > 0.99) & (rates < 16.01)) and rates.max() - rates.min() > 5
+        assert np.all((steps > 0.99e-3) & (steps < 0.101))
+    groups = parameter_groups(OptimizerConfig(), nnx.state(mixer))
+    # A decay by softplus has neither a bias nor a rate.
+    own = {"log_rate", "step_bias"} if decay == "step" else {"decay"}
+    convolutions = {f"{name}_convolution" for name in ("query", "key", "value")}
+    biases = {f"{name}_bias" for name in ("query", "key", "value")}
+    matrices = {"query", "key", "value", "out", "step"} | (own & {"decay"})
+    assert set(groups) == matrices | own | convolutions | biases | {"norm"}
+    assert {name for name, group in groups.items() if group.decay} == matrices
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pallas_kernels import second_order_attention
 from pallas_kernels._core.recurrence import documents
 from pallas_kernels._core.testing import errors_against
 from pallas_kernels.second_order_attention import chunks, explain, recurrent, ref, rows
-from pallas_kernels.second_order_attention.terms import feature_count, features
+from pallas_kernels.second_order_attention.terms import SMALLEST_SUM, feature_count, features
 
 NAMES = ("xla_rows", "xla_chunks", "xla_recurrent")
 FORMS = {
@@ -195,6 +195,23 @@ def test_keys_of_zero_give_zero_and_finite_gradients(rng):
         op = functools.partial(second_order_attention, implementation=name)
         out, pull = jax.vjp(lambda k, op=op: op(q, k, v, g)[0], jnp.zeros_like(k))
         assert np.all(out == 0) and np.all(np.isfinite(pull(out + 1)[0]))
+
+
+def test_sums_below_the_smallest_are_raised_to_it_in_every_form(rng):
+    """A row of small weights fades to zero alike, and no form puts equal weights in its place."""
+    q, k, v, g = make(rng)
+    size = jnp.asarray(10.0 ** np.linspace(-5, -9, 37), jnp.float32)[None, :, None, None]
+    scores = jnp.square(jnp.einsum("bind,bjnd->bnij", q, size * k) / 6**0.5)
+    total = jnp.moveaxis(jnp.cumsum(g.astype(jnp.float32), axis=1), 1, 2)
+    later = jnp.tri(37)[None, None] > 0
+    gaps = jnp.where(later, total[..., None] - total[:, :, None], -jnp.inf)
+    weights = scores * jnp.exp(gaps)
+    sums = jnp.sum(weights, axis=-1, keepdims=True)
+    expected = jnp.einsum("bnij,bjnv->binv", weights / jnp.maximum(sums, SMALLEST_SUM), v)
+    assert np.mean(sums < 0.1 * SMALLEST_SUM) > 0.2 and np.mean(sums > SMALLEST_SUM) > 0.2
+    for name in ("ref", *NAMES):
+        found = second_order_attention(q, size * k, v, g, implementation=name)[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_the_choice_is_by_length_and_states(rng):

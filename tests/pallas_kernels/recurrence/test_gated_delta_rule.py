@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from recurrence_cases import CASES, Case, errors, lengths
 
-from pallas_kernels import gated_delta_rule
+from pallas_kernels import gated_delta_rule, gated_linear_attention
 from pallas_kernels._core import recurrence
 from pallas_kernels._core.testing import relative_error
 from pallas_kernels.gated_delta_rule import bench, explain, ref, xla
@@ -17,6 +18,31 @@ def inner(function, case: Case, **options):
     """An implementation with what the API would hand it for `case`."""
     documents = None if case.segments is None else recurrence.documents(case.segment_ids)
     return functools.partial(function, scale=0.5, documents=documents, **options)
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+def test_masked_quadratic_form(decay):
+    """o = (q k^T) U and U = (1 + strictly lower(beta k k^T))^-1 beta (v - k S), in float64."""
+    case = Case(T=37, H=1, N=2, K=5, V=3, decay=decay, cosine=0.5, initial_state=True)
+    arguments = case.arguments()
+    o, state = run(arguments)
+    given = {n: None if x is None else np.asarray(x, np.float64) for n, x in arguments.items()}
+    B, T, N, K = case.B, case.T, case.N, case.K
+    g = np.zeros((B, T, N, 1)) if decay == "none" else given["g"].reshape(B, T, N, -1)
+    total = np.cumsum(g, axis=1) + np.zeros((B, T, N, K))
+    q, k = given["q"][:, :, 0], given["k"][:, :, 0]  # one head, which both value heads share
+    for b, n in np.ndindex(B, N):
+        G, beta = total[b, :, n], given["beta"][b, :, n, None]
+        pair = np.exp(np.minimum(G[:, None] - G[None], 0.0))  # [i, j, K]
+        on_keys = np.tril(np.einsum("ik,jk,ijk->ij", k[b], k[b], pair), -1)
+        on_queries = np.tril(np.einsum("ik,jk,ijk->ij", q[b], k[b], pair))
+        start = given["initial_state"][b, n]
+        error = beta * (given["v"][b, :, n] - (np.exp(G) * k[b]) @ start)
+        written = np.linalg.solve(np.eye(T) + beta * on_keys, error)
+        expected = (on_queries @ written + (np.exp(G) * q[b]) @ start) / np.sqrt(K)
+        assert relative_error(o[b, :, n], expected) < 1e-5
+        end = np.exp(G[-1])[:, None] * start + (np.exp(G[-1] - G) * k[b]).T @ written
+        assert relative_error(state[b, n], end) < 1e-5
 
 
 # What these ask for, others of the cases ask for along with something else.
@@ -137,15 +163,37 @@ class TestReductions:
         for left, right in zip(run(arguments | {"g": 0 * arguments["g"]}), none, strict=True):
             assert relative_error(left, right) < 1e-6
 
-    def test_orthogonal_keys_make_it_linear_attention(self):
+    @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+    def test_orthogonal_keys_make_it_linear_attention(self, decay):
         """Nothing is stored under a key before it comes, so that there is nothing to replace."""
-        arguments = Case(B=1, T=8, K=8, decay="none").arguments()
+        arguments = Case(B=1, T=8, K=8, decay=decay).arguments()
         arguments["k"] = jnp.broadcast_to(jnp.eye(8)[None, :, None], (1, 8, 2, 8))
-        o, _ = run(arguments)
-        weights = jnp.tril(jnp.einsum("bihk,bjhk->bhij", arguments["q"], arguments["k"]))
-        values = arguments["beta"][..., None] * arguments["v"]
-        expected = jnp.einsum("bhij,bjhv->bihv", weights, values) * 8**-0.5
-        assert relative_error(o, expected) < 1e-5
+        found = run(arguments)
+        beta = arguments.pop("beta")
+        arguments["v"] = beta[..., None] * arguments["v"]
+        expected = gated_linear_attention(**arguments, output_final_state=True)
+        for left, right in zip(found, expected, strict=True):
+            assert relative_error(left, right) < 1e-5
+
+
+def test_each_token_is_a_step_down_the_error_of_its_value():
+    """S - beta d/dS |S^T k - v|^2 / 2 after the decay; beta = 1 / |k|^2 leaves no error."""
+    arguments = Case(B=1, T=9, H=1, N=1, decay="scalar", initial_state=True).arguments()
+    size = jnp.linspace(0.5, 2.0, 9)[None, :, None]
+    arguments |= {"k": size[..., None] * arguments["k"], "beta": arguments["beta"] / size**2}
+    arguments["beta"] = arguments["beta"].at[:, 8].set(1.0 / size[:, 8] ** 2)
+    _, found = run(arguments)
+
+    def half_square(state, k, v):
+        return 0.5 * jnp.sum((k @ state - v) ** 2)
+
+    state = arguments["initial_state"][0, 0]
+    for t in range(9):
+        k, v, g, beta = (arguments[name][0, t, 0] for name in ("k", "v", "g", "beta"))
+        state = jnp.exp(g) * state
+        state = state - beta * jax.grad(half_square)(state, k, v)
+    assert relative_error(found[0, 0], state) < 1e-5
+    assert half_square(state, k, v) < 1e-10
 
 
 def test_last_value_of_each_key_is_looked_up():

@@ -224,6 +224,33 @@ def test_the_last_step_is_linear_attention_over_chunks_and_so_are_its_gradients(
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_momentum_of_many_chunks_is_as_exact_as_of_few(rng):
+    """Shares of a half: a product of them over 100 chunks is 1e-30, and over 200 no number."""
+    rule = Rule(update="last", weight_norm=False, orthogonalize=False)
+    initial, steps = make(rng, rule)
+    many = lambda x: jnp.concatenate([x] * 50, axis=1)  # noqa: E731
+    steps = jax.tree.map(many, steps)
+    steps = steps._replace(chunks=steps.chunks._replace(share=0.5 + 0 * steps.chunks.share))
+    wanted, found = (
+        run(rule, initial, steps, form)[1]
+        for form in (fast_weights.one_by_one, fast_weights.all_at_once)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (wanted, found)), strict=True):
+        assert np.abs(a - b).max() < 1e-5 * np.abs(a).max()
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)], ids=str)
+def test_muon_keeps_directions_and_makes_their_sizes_one(rng, shape):
+    left, _, right = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    sizes = np.geomspace(30.0, 0.5, min(shape))  # of no matter
+    x = jnp.asarray(np.stack([left * sizes @ right, np.zeros(shape)]), jnp.float32)
+    found = fast_weights.orthogonal(x, jnp.float32)
+    np.testing.assert_allclose(found[0], left @ right, atol=0.03)
+    assert np.all(found[1] == 0)
+    half = fast_weights.orthogonal(x, jnp.bfloat16)
+    assert half.dtype == jnp.float32 and 1e-4 < np.abs(half - found).max() < 0.1
+
+
 @pytest.mark.parametrize("step", ["baseline", "no_weight_norm"])
 def test_ascent_is_descent_on_values_of_the_other_sign(rng, step):
     rule = rule_of(step)

@@ -16,6 +16,7 @@ import pytest
 from efficient_lm.config import Config
 from efficient_lm.data.tokenizers import make_tokenizer
 from efficient_lm.errors import ConfigError, DataError
+from efficient_lm.inference.speed import state_bytes
 from efficient_lm.interop import llama3, qwen3, qwen3_5
 from efficient_lm.model.definition import define
 
@@ -143,6 +144,18 @@ def test_parameter_counts_of_qwen3_5(
     every = 3 * width * hidden + 2 * width
     mixers = layers // 4 * (3 * gated_deltanet + attention)
     assert count == 248_320 * width * (2 - tied) + layers * every + mixers + width
+
+
+@pytest.mark.parametrize(
+    ("size", "memory", "cache"),
+    [("0.8b", 18, 12), ("2b", 18, 12), ("4b", 48, 32), ("9b", 48, 32), ("27b", 144, 64)],
+)
+def test_decode_states_of_qwen3_5_are_the_published_ones(size, memory, cache):
+    """MiB of memories, which are fp32; KiB of keys and values for each token, in bf16."""
+    model = config_of(f"qwen3_5.py:{size}").model
+    assert model.dtype == "bfloat16"
+    assert state_bytes(model, 64, "memory") == memory * 2**20
+    assert sum(state_bytes(model, 64, name) for name in ("key", "value")) == 64 * cache * 2**10
 
 
 @pytest.mark.parametrize("name", ["gpt2_124m.py:muon", "gpt2_124m.py:adamw"])

@@ -87,6 +87,30 @@ def test_values_and_gradients_equal_the_reference(rng, name, dtype):
     assert errors.pop("out") < limits[0] and max(errors.values()) < limits[1], errors
 
 
+@pytest.mark.parametrize("name", ["xla_chunks", "xla_recurrent"])
+def test_states_and_what_is_read_from_them_are_fp32_for_bf16_tokens(rng, name):
+    *tokens, g = make(rng, T=150)
+    q, k, v = (x.astype(jnp.bfloat16) for x in tokens)
+
+    def run(name, *arrays, state=None):
+        return second_order_attention(
+            *arrays, initial_state=state, output_final_state=True, implementation=name
+        )
+
+    _, wanted = run("ref", q, k, v, g)
+    _, state = run(name, q, k, v, g)
+    np.testing.assert_allclose(state, wanted, rtol=1e-4, atol=1e-5)
+    # Keys of zero leave the state alone, and its sums are rounded once, as o.
+    silent = (q, jnp.zeros_like(k), v, 1e-3 * g)
+    found, wanted = (run(one, *silent, state=wanted)[0] for one in (name, "ref"))
+    assert np.mean(found != wanted) < 0.05
+    # A chunk takes less than half a bf16 digit of a state, and all of them nine percent.
+    zeros = jnp.zeros((1, 4096, 1, 2), jnp.bfloat16)
+    g = jnp.full(zeros.shape[:3], -2.3e-5)
+    _, state = run(name, zeros, zeros, zeros, g, state=jnp.ones((1, 1, 3, 3)))
+    np.testing.assert_allclose(state, np.full(state.shape, np.exp(-2.3e-5 * 4096)), rtol=2e-4)
+
+
 def test_small_decays_keep_their_digits_beside_large_ones(rng):
     """Half of the tokens forget everything; the others, nearly nothing."""
     q, k, v, g = make(rng, B=1, T=300, K=32)

@@ -123,6 +123,22 @@ def test_bf16_error_is_that_of_its_inputs():
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_states_are_summed_and_decayed_in_fp32(decay):
+    """Of bf16 tokens; a chunk takes less than half a bf16 digit, and all of them nine percent."""
+    case = Case(B=1, T=4096, H=1, N=1, K=4, V=4, decay=decay, log_decay=-2.3e-5, constant=True,
+                dtype="bfloat16")  # fmt: skip
+    given = arguments(case, initial_state=jnp.ones((1, 1, 4, 4)))
+    silent = given | {"q": jnp.ones_like(given["q"]), "k": jnp.zeros_like(given["k"])}
+    o, state = op(case, "xla")(**silent)
+    assert relative_error(state, np.exp(-2.3e-5 * 4096) * np.ones((1, 1, 4, 4))) < 1e-5
+    assert relative_error(o[:, -1].astype(jnp.float32), 0.5 * 4 * state[:, :, 0]) < 0.005
+    if decay == "scalar":  # without a decay no operand is rounded
+        sums = given | {"g": None}
+        _, state = op(case, "xla")(**sums)
+        assert relative_error(state, op(case, "ref")(**sums)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_long_rows(decay):
     """64k tokens: decays that sum to -650000, finite and right to the end."""
     case = Case(B=1, T=2**16, H=1, N=1, K=2, V=2, decay=decay, log_decay=-20.0)

@@ -287,15 +287,19 @@ OPS = ("gated_delta_rule", "gated_linear_attention", "second_order_attention")
 RECURRENT = [(m, c) for m, c in ALL if m not in ("attention", "ttt") and c != "exponential"]
 
 
+def options_of(mixer, case):
+    """Those of a case as a mixer takes them."""
+    options = CASES[mixer][case]
+    if "rope" in options:
+        options = options | {"rope": RopeConfig(**options["rope"])}
+    return registry.mixer(mixer).Options(**options)
+
+
 @pytest.mark.parametrize(("mixer", "case"), RECURRENT, ids=["-".join(c) for c in RECURRENT])
 def test_decays_are_fp32_where_all_else_is_bf16(mixer, case, monkeypatch, rng):
     """Of bf16 parameters and projections they are what fp32 gives for the same numbers."""
     model = ModelConfig(embed_dim=EMBED_DIM, num_layers=1, initializer="fan_in", dtype="bfloat16")
-    registered = registry.mixer(mixer)
-    options = CASES[mixer][case]
-    if "rope" in options:
-        options = options | {"rope": RopeConfig(**options["rope"])}
-    graph, arrays = nnx.split(registered(model, registered.Options(**options), nnx.Rngs(0)))
+    graph, arrays = nnx.split(registry.mixer(mixer)(model, options_of(mixer, case), nnx.Rngs(0)))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
     x = jnp.asarray(rng.standard_normal((1, LENGTH, EMBED_DIM)), jnp.bfloat16)
     context = Context(positions=jnp.arange(LENGTH, dtype=jnp.int32)[None])
@@ -321,7 +325,7 @@ def test_decays_are_fp32_where_all_else_is_bf16(mixer, case, monkeypatch, rng):
 
 @over_cases
 def test_states_keep_their_types_and_their_size(mixer, case):
-    """Memories are fp32 also where all else is bf16, and only caches of all tokens grow."""
+    """Memories are fp32 also where all else is bf16; only caches and reads of all tokens grow."""
     half = Subject(mixer, case, dtype="bfloat16")
     tokens = jnp.zeros((BATCH, 3), jnp.int32)
 
@@ -340,8 +344,13 @@ def test_states_keep_their_types_and_their_size(mixer, case):
         if names & {"memory", "changes", "momentum", "largest", "rate", "share", "log_decay"}:
             assert leaf.dtype == jnp.float32, path
     options = CASES[mixer][case]
-    cached = mixer == "attention" and "window" not in options
-    assert (before != shapes(256)[0]) == (cached or options.get("score") == "exponential")
+    reads_all = mixer == "attention" and "window" not in options
+    reads_all = reads_all or options.get("score") == "exponential"
+    assert (before != shapes(256)[0]) == reads_all
+    flops = functools.partial(
+        registry.mixer(mixer).core_flops, half.definition.config, options_of(mixer, case)
+    )
+    assert (flops(2**16) < flops(2**20)) == reads_all and flops(2**16) <= flops(2**20)
 
 
 HEAD = {"key_dim": 6, "value_dim": 4}

@@ -92,8 +92,9 @@ def choose(
     """
     rows = {row.name: row for row in table}
     auto = implementation == "auto"
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    if not auto and (not names or not set(names) <= set(rows)):
+    several = isinstance(implementation, tuple | list)
+    names = tuple(implementation) if several else (implementation,)
+    if not auto and (not names or not all(name in tuple(rows) for name in names)):
         raise ImplementationError(
             f"{op}: unknown implementation {implementation!r}; allowed: 'auto', "
             f"{', '.join(map(repr, rows))} or a tuple of these"

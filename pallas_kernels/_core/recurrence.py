@@ -67,16 +67,51 @@ def facts(q, v, g, segment_ids) -> Facts:
     """The facts of the arguments, here."""
     B, T, H, K = q.shape
     return Facts(
-        compat.target(), q.dtype.name, B, T, H, v.shape[2], K, v.shape[3],
-        decay_kind(g), segment_ids is not None,
+        compat.target(), jax.dtypes.canonicalize_dtype(q.dtype).name, B, T, H, v.shape[2], K,
+        v.shape[3], decay_kind(g), segment_ids is not None,
     )  # fmt: skip
 
 
-def check(op: str, q, k, v, g, initial_state, segment_ids, beta=None) -> None:
+def check_kind(op: str, name: str, x, kind=jnp.floating) -> None:
+    """Raise a one-line ValueError if `x` is no array, or not of `kind` (None: any)."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise ValueError(f"{op}: {name} must be an array, as of jnp.asarray; it is {_shown(x)}")
+    if kind is not None and not jnp.issubdtype(x.dtype, kind):
+        kinds = {jnp.floating: "a floating-point dtype", jnp.integer: "integers"}
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}; cast it to {kinds[kind]}")
+
+
+def _shown(x) -> str:
+    """The beginning of what Python shows, in one line."""
+    return " ".join(repr(x).split())[:40]
+
+
+def number(op: str, scale, features: int) -> float:
+    """`scale`, or features ** -0.5 for None; kernels are compiled for one number."""
+    if scale is None:
+        return features**-0.5
+    known = not isinstance(scale, jax.core.Tracer) and np.ndim(scale) == 0
+    if not known or not np.isreal(scale) or isinstance(scale, str) or not np.isfinite(scale):
+        raise ValueError(
+            f"{op}: scale must be one finite number that is known outside of jax.jit, or None for "
+            f"K ** -0.5; it is {_shown(scale)}; multiply q by any other"
+        )
+    return float(scale)
+
+
+def check(op: str, q, k, v, g, initial_state, segment_ids, *, vector=True, **gates) -> None:
     """Raise one-line ValueErrors for arguments that do not fit together, or decays above 0.
 
+    vector: whether a decay of each key feature is known. gates: others [B, T, N], by name.
     Values are looked at where they are known, that is outside of jax.jit.
     """
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        check_kind(op, name, x, None)  # their dtypes are told together, below
+    for name, x in (gates | {"g": g, "initial_state": initial_state}).items():
+        if x is not None or name in gates:
+            check_kind(op, name, x)
+    if segment_ids is not None:
+        check_kind(op, "segment_ids", segment_ids, jnp.integer)
     if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"{op}: q {q.shape}, k {k.shape} and v {v.shape} do not fit; "
@@ -100,13 +135,14 @@ def check(op: str, q, k, v, g, initial_state, segment_ids, beta=None) -> None:
             f"{op}: {N} value heads cannot share {H} key heads; "
             "the number of key heads must divide the number of value heads"
         )
-    if g is not None and g.shape not in ((B, T, N), (B, T, N, K)):
+    if g is not None and g.shape != (B, T, N) and not (vector and g.shape == (B, T, N, K)):
+        other = f", or {(B, T, N, K)} for a decay of each key feature" if vector else ""
         raise ValueError(
-            f"{op}: the log decay g has shape {g.shape}; it must be {(B, T, N)}, "
-            f"or {(B, T, N, K)} for a decay of each key feature"
+            f"{op}: the log decay g has shape {g.shape}; it must be {(B, T, N)}{other}"
         )
-    if beta is not None and beta.shape != (B, T, N):
-        raise ValueError(f"{op}: beta has shape {beta.shape}; it must be {(B, T, N)}")
+    for name, gate in gates.items():
+        if gate.shape != (B, T, N):
+            raise ValueError(f"{op}: {name} has shape {gate.shape}; it must be {(B, T, N)}")
     if initial_state is not None and initial_state.shape != (B, N, K, V):
         raise ValueError(
             f"{op}: initial_state has shape {initial_state.shape}; it must be {(B, N, K, V)}"

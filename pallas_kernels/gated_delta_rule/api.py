@@ -38,9 +38,10 @@ def gated_delta_rule(
         q, k, v, g, beta, initial_state=initial_state, segment_ids=segment_ids,
         implementation=implementation,
     )  # fmt: skip
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))  # of NumPy, in a dtype that JAX has
     o, final_state = choice.implementation.load()(
         q, k, v, None if g is None else g.astype(jnp.float32), beta.astype(jnp.float32),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=recurrence.number("gated_delta_rule", scale, q.shape[-1]),
         initial_state=initial_state,
         documents=None if segment_ids is None else recurrence.documents(segment_ids),
     )  # fmt: skip
@@ -54,6 +55,6 @@ def explain(
 
     Arrays may be jax.ShapeDtypeStruct. `str()` of the result is one line for people.
     """
-    recurrence.check("gated_delta_rule", q, k, v, g, initial_state, segment_ids, beta)
+    recurrence.check("gated_delta_rule", q, k, v, g, initial_state, segment_ids, beta=beta)
     facts = recurrence.facts(q, v, g, segment_ids)
     return dispatch.choose("gated_delta_rule", TABLE, facts, implementation)

@@ -35,9 +35,10 @@ def gated_linear_attention(
         q, k, v, g, initial_state=initial_state, segment_ids=segment_ids,
         implementation=implementation,
     )  # fmt: skip
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))  # of NumPy, in a dtype that JAX has
     o, final_state = choice.implementation.load()(
         q, k, v, None if g is None else g.astype(jnp.float32),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=recurrence.number("gated_linear_attention", scale, q.shape[-1]),
         initial_state=initial_state,
         documents=None if segment_ids is None else recurrence.documents(segment_ids),
     )  # fmt: skip

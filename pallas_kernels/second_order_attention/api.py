@@ -1,5 +1,6 @@
 """Second-order attention: one function, several implementations."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._core import compat, dispatch, recurrence
@@ -37,6 +38,7 @@ def second_order_attention(
         q, k, v, g, initial_state=initial_state, output_final_state=output_final_state,
         segment_ids=segment_ids, implementation=implementation,
     )  # fmt: skip
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))  # of NumPy, in a dtype that JAX has
     o, final_state = choice.implementation.load()(
         q, k, v, g,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -54,12 +56,12 @@ def explain(
 
     Arrays may be jax.ShapeDtypeStruct. `str()` of the result is one line for people.
     """
-    recurrence.check(OP, q, k, v, g, None, segment_ids)
+    recurrence.check(OP, q, k, v, g, None, segment_ids, vector=False)
     B, T, _, K = q.shape
     N, V = v.shape[2:]
-    if g is not None and g.shape != (B, T, N):
-        raise ValueError(f"{OP}: the log decay g has shape {g.shape}; it must be {(B, T, N)}")
     state = (B, N, feature_count(K), V + 1)
+    if initial_state is not None:
+        recurrence.check_kind(OP, "initial_state", initial_state)
     if initial_state is not None and initial_state.shape != state:
         raise ValueError(
             f"{OP}: initial_state has shape {initial_state.shape}; it must be {state}: a row for "

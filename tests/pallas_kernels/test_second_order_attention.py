@@ -248,6 +248,10 @@ def test_the_choice_is_by_length_and_states(rng):
         second_order_attention(q, k, v, g, initial_state=jnp.zeros((2, 2, 6, 5)))
     with pytest.raises(ValueError, match="at most 0"):
         second_order_attention(q, k, v, -g)
+    with pytest.raises(ValueError, match=r"it must be \(2, 37, 2\)$"):  # no decay of each feature
+        explain(q, k, v, jnp.zeros((2, 37, 2, 6)))
+    with pytest.raises(ValueError, match="initial_state must be an array"):
+        explain(q, k, v, g, initial_state=[0.0])
 
 
 def test_no_pairs_of_all_tokens_are_kept():

@@ -1,6 +1,7 @@
 """The gated delta rule: the chunk form against the recurrence, and what the rule promises."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +303,12 @@ BAD = {
     "beta": ({}, {"beta": jnp.zeros((2, 40))}, "beta has shape"),
     "heads": ({"H": 4, "N": 6}, {}, "cannot share 4 key heads"),
     "dtypes": ({}, {"v": jnp.zeros((2, 40, 2, 12), jnp.bfloat16)}, "one floating-point dtype"),
+    "a list": ({}, {"g": [[[-1.0]]]}, r"g must be an array, .* it is \[\[\[-1.0\]\]\]"),
+    "no beta": ({}, {"beta": None}, "beta must be an array, as of jnp.asarray; it is None"),
+    "no query": ({}, {"q": None}, "q must be an array"),
+    "complex decay": ({}, {"g": jnp.zeros((2, 40, 2), complex)}, "g has dtype complex64; cast it"),
+    "integer state": ({}, {"initial_state": jnp.zeros((2, 2, 8, 12), int)}, "dtype int32; cast it"),
+    "fractions": ({}, {"segment_ids": jnp.ones((2, 40))}, "float32; cast it to integers"),
 }
 
 
@@ -312,6 +319,26 @@ def test_bad_input_is_told(name):
     with pytest.raises(ValueError, match=message) as error:
         jax.block_until_ready(explain(**arguments))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", ["x", jnp.ones((2, 2)), float("nan"), "traced"])
+def test_scale_is_a_number_that_is_known(scale):
+    assert recurrence.number("op", None, 4) == recurrence.number("op", np.float32(0.5), 3) == 0.5
+    with pytest.raises(ValueError, match=r"scale must be one finite .* multiply q") as error:
+        if isinstance(scale, str) and scale == "traced":
+            jax.jit(lambda scale: recurrence.number("op", scale, 4))(1.0)
+        recurrence.number("op", scale, 4)
+    assert "\n" not in str(error.value)
+
+
+def test_arrays_of_numpy_are_taken_in_a_dtype_that_jax_has(recwarn):
+    """Also as "auto" sees them: float64 is float32 where it is not enabled."""
+    given = Case(T=12).arguments()
+    wide = given | {name: np.asarray(given[name], np.float64) for name in "qkv"}
+    o, _ = inspect.unwrap(gated_delta_rule)(**wide)  # tests alone insist on arrays of JAX
+    assert relative_error(o, gated_delta_rule(**given)[0]) < 1e-6 and not recwarn.list
+    q, v, g = (wide[name] for name in "qvg")
+    assert recurrence.facts(q, v, g, None).dtype == "float32"
 
 
 def test_auto_takes_single_steps_for_a_token_and_chunks_for_many():

@@ -70,7 +70,9 @@ class KimiDeltaAttention(GatedDeltaNet):
         parts = {name: part for name, part in parts.items() if hasattr(self, part)}
         weights = {name: getattr(self, part) for name, part in parts.items()}
         projected = recurrent.project(x, weights, context)
-        for name in set(self.low_rank) & set(projected):
+        for name in self.low_rank:  # in this order, so that all processes compile one program
+            if name not in projected:
+                continue
             up = cast(getattr(self, f"{name}_up"), x.dtype)
             y = jnp.einsum("btr,rnh->btnh", projected[name], up)
             projected[name] = context.shard(y, "batch", "length", "heads", "head_dim")

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -391,3 +394,33 @@ def test_sharded_rows_equal_unsharded_rows(mixer, case, rng):
     )
     assert len(hidden.sharding.device_set) == 8
     np.testing.assert_allclose(np.asarray(hidden), expected, **TOLERANCE)
+
+
+TRACE_ALL = """
+import jax, jax.numpy as jnp
+from efficient_lm.config import ModelConfig, layer
+from efficient_lm.model.definition import define
+from tests.mixers.cases import CASES, EMBED_DIM, LENGTH
+layers = tuple(layer(mixer, **next(iter(cases.values()))) for mixer, cases in CASES.items())
+model = define(ModelConfig(embed_dim=EMBED_DIM, num_layers=len(layers), layers=layers))
+tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
+hidden = lambda arrays, tokens: model.bind(arrays)(tokens, segment_ids=tokens, logits=False).hidden
+print(jax.jit(hidden).lower(model.parameters, tokens).as_text())
+"""
+
+
+def test_processes_trace_the_same_programs():
+    """Hosts must agree on them, and JAX's cache finds them again, whatever the order of sets."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRACE_ALL],
+            env=os.environ | {"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    (first, _), (second, _) = (process.communicate() for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(first) > 10_000
+    assert first == second

@@ -72,6 +72,8 @@ class LinearAttentionOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}; it must be at least 1")
+        if self.feature_seed < 0:
+            raise ConfigError(f"feature_seed={self.feature_seed}; it must be at least 0")
         if self.key_dim is None and model.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim={model.embed_dim} is not divisible by num_heads={self.num_heads}; "

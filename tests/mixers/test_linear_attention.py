@@ -241,6 +241,7 @@ def test_decays_norms_and_maps_of_features_have_no_weight_decay(decay):
         ({"rope": RopeConfig()}, "rope.fraction=1.0 makes weights negative"),
         ({"num_features": 8}, "num_features=8 has no effect with feature_map='elu'"),
         ({"decay_rank": 0}, "decay_rank=0; it must be at least 1"),
+        ({"feature_map": "performer", "feature_seed": -1}, "feature_seed=-1; it must be at least"),
     ],
     ids=str,
 )

@@ -127,7 +127,8 @@ class TTT(nnx.Module):
         if options.learned_rate:
             rates = {"rates": 3 if options.update == "all" else 1}
             self.rate = projection(each_head | rates)
-            start = math.log(math.expm1(options.base_rate))  # softplus of it is the base rate
+            # softplus of it is the base rate, also where exp(base_rate) has no float
+            start = options.base_rate + math.log(-math.expm1(-options.base_rate))
             self.rate_bias = constant(start, each_head | rates)
         if options.momentum:
             self.share = projection(each_head)

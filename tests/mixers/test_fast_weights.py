@@ -382,6 +382,13 @@ def test_options_at_odds_are_said_in_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
+def test_rates_start_at_the_base_rate_whatever_its_size():
+    for rate in (1e-3, 1.0, 1e3):
+        options = TTTOptions(base_rate=rate)
+        mixer = TTT(ModelConfig(embed_dim=16), options, nnx.Rngs(0))
+        np.testing.assert_allclose(jax.nn.softplus(mixer.rate_bias[...]), rate, rtol=1e-4)
+
+
 def test_each_step_of_the_ladder_is_a_mixer():
     for step in LADDER:
         TTTOptions(**ladder(step)).check(ModelConfig(embed_dim=16))

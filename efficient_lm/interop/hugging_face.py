@@ -19,6 +19,13 @@ from efficient_lm.model.definition import ModelDefinition, define
 
 FAMILIES = (llama3.FAMILY, qwen3.FAMILY, qwen3_5.FAMILY, qwen3_next.FAMILY)
 CONFIG_FILE = "config.json"
+# Fields of it that hold more than one value.
+CONTAINERS = {
+    "architectures": (list, "a list"),
+    "layer_types": (list, "a list"),
+    "rope_parameters": (dict, "an object"),
+    "rope_scaling": (dict, "an object"),
+}
 SHARD_BYTES = 5 * 10**9
 # Buffers that older checkpoints stored; they follow from the config.
 DERIVED_TENSORS = re.compile(r".*rotary_emb\.inv_freq")
@@ -77,6 +84,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON: {error}") from None
     if not isinstance(given, dict):
         raise CheckpointError(f"{path} holds no JSON object")
+    text = given.get("text_config")
+    for fields in (given, text if isinstance(text, dict) else {}):
+        for name, (kind, what) in CONTAINERS.items():
+            if not isinstance(fields.get(name), (kind, type(None))):
+                raise CheckpointError(f"{path} has {name}={fields[name]!r}; it must be {what}")
     architecture = (given.get("architectures") or [None])[0]
     for family in FAMILIES:
         if family.whole and isinstance(given.get("text_config"), dict):

@@ -28,12 +28,12 @@ def read(given: dict[str, Any], *, partial: bool = False) -> RopeConfig:
     values = {n: v for n, v in (given.get(name) or {}).items() if n not in IMAGE_FIELDS}
     theta = values.pop("rope_theta", None) or given.get("rope_theta") or 10_000.0
     fraction = values.pop("partial_rotary_factor", given.get("partial_rotary_factor"))
-    fraction = 1.0 if fraction is None else float(fraction)
+    fraction = 1.0 if fraction is None else _number("partial_rotary_factor", fraction)
     if fraction != 1 and not partial:
         raise ConfigError(f"partial_rotary_factor={fraction} is not supported; supported: 1")
     older = values.pop("type", "default")
     kind = values.pop("rope_type", older)
-    if kind not in FIELDS:
+    if not isinstance(kind, str) or kind not in FIELDS:
         raise ConfigError(
             f"{name} of type {kind!r} is not supported; supported: {', '.join(FIELDS)}"
         )
@@ -46,10 +46,21 @@ def read(given: dict[str, Any], *, partial: bool = False) -> RopeConfig:
             f"{name} of type {kind!r} has fields that are not supported: {', '.join(unknown)}; "
             f"supported: {', '.join(FIELDS[kind])}"
         )
-    ours = {FIELDS[kind][n]: v for n, v in values.items() if n in FIELDS[kind] and v is not None}
-    ours = {n: v if n == "original_max_length" else float(v) for n, v in ours.items()}
+    ours = {
+        FIELDS[kind][n]: v if n == length else _number(n, v)
+        for n, v in values.items()
+        if n in FIELDS[kind] and v is not None
+    }
     scaling = "none" if kind == "default" else kind
-    return RopeConfig(fraction=fraction, theta=float(theta), scaling=scaling, **ours)
+    theta = _number("rope_theta", theta)
+    return RopeConfig(fraction=fraction, theta=theta, scaling=scaling, **ours)
+
+
+def _number(name: str, value: Any) -> float:
+    """A number of config.json as a float; ConfigError for anything else."""
+    if not isinstance(value, (int, float)):
+        raise ConfigError(f"{name}={value!r}; it must be a number")
+    return float(value)
 
 
 def write(rope: RopeConfig, *, partial: bool = False) -> dict[str, Any]:

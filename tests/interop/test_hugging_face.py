@@ -223,6 +223,26 @@ def test_damaged_json(copy):
         hugging_face.read_model(directory)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": 3}, "has architectures=3; it must be a list"),
+        ({"layer_types": 4}, "has layer_types=4; it must be a list"),
+        ({"rope_parameters": "default"}, "has rope_parameters='default'; it must be an object"),
+        ({"rope_parameters": {"rope_theta": "1e7"}}, "rope_theta='1e7'; it must be a number"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r"of type \['yarn'\] is not supported"),
+        ({"text_config": {"layer_types": 4}}, "has layer_types=4; it must be a list"),
+    ],
+)
+def test_fields_of_another_kind_are_said_in_one_line(fields, message, copy):
+    directory = copy("qwen3_5")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises((CheckpointError, ConfigError), match=message) as error:
+        hugging_face.read_model(directory)
+    assert "\n" not in str(error.value)
+
+
 def test_tensors_that_do_not_fit_are_listed(copy):
     directory = copy("llama3_tied")
     tensors = tensors_of(directory)

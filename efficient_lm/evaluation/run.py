@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from efficient_lm.compilation import compiler_options
 from efficient_lm.config import Config
 from efficient_lm.data import synthetic
 from efficient_lm.data.pipeline import make_evaluation_batches
@@ -83,13 +84,18 @@ def evaluate_run(
     scorer = jax.jit(
         make_scorer(config, definition, mesh, np.asarray(tokenizer.byte_lengths)),
         out_shardings=everywhere,
+        compiler_options=compiler_options(everywhere),
     )
     metrics = evaluate_batches(
         lambda b: scorer(parameters, place_batch(b, mesh)),
         batches(process_index=index, process_count=count),
     )
     if config.data.source in synthetic.TASKS:
-        predictor = jax.jit(make_predictor(config, definition, mesh), out_shardings=everywhere)
+        predictor = jax.jit(
+            make_predictor(config, definition, mesh),
+            out_shardings=everywhere,
+            compiler_options=compiler_options(everywhere),
+        )
         metrics["recall"] = evaluate_recall(
             lambda b: predictor(parameters, place_whole(b, mesh)), batches()
         )

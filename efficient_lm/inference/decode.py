@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from efficient_lm.compilation import compiler_options
 from efficient_lm.inference.sampling import Sampling, sample
 from efficient_lm.model.definition import ModelDefinition
 from efficient_lm.model.language_model import Output
@@ -144,7 +145,10 @@ class Programs:
         batch = tokens.shape[0]
         key = (structure, tuple(leaves), slots)
         lengths, finished = (jax.ShapeDtypeStruct((batch,), t) for t in (jnp.int32, bool))
-        first = jax.jit(lambda *a: prefill(self._definition, *a, slots=slots))
+        options = compiler_options()
+        first = jax.jit(
+            lambda *a: prefill(self._definition, *a, slots=slots), compiler_options=options
+        )
         inputs = (arrays, jax.ShapeDtypeStruct(tokens.shape, jnp.int32), lengths, request)
         if (*key, tokens.shape) not in self._compiled:
             self._compiled[*key, tokens.shape] = first.lower(*inputs).compile()
@@ -152,7 +156,11 @@ class Programs:
             carry, _ = jax.eval_shape(first, *inputs)
             steps = jax.ShapeDtypeStruct((), jnp.int32)
             # The tokens of a chunk are not donated: the host reads them while the next one runs.
-            following = jax.jit(lambda *a: decode(self._definition, *a), donate_argnums=1)
+            following = jax.jit(
+                lambda *a: decode(self._definition, *a),
+                donate_argnums=1,
+                compiler_options=options,
+            )
             lowered = following.lower(arrays, carry, finished, steps, request)
             self._compiled[*key, batch] = lowered.compile()
         seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from efficient_lm.compilation import compiler_options
 from efficient_lm.config import Config, ModelConfig
 from efficient_lm.data.pipeline import make_evaluation_batches, make_train_iterator
 from efficient_lm.data.tokenizers import make_tokenizer
@@ -63,7 +64,7 @@ def prepare_training(config: Config, batches: Sequence[Batch]) -> Callable[[], T
     lengths = np.asarray(make_tokenizer(config.data).byte_lengths)
     step = make_train_step(config, definition, optimizer, mesh, lengths)
     initial = make_initializer(config, definition, optimizer)
-    begin = jax.jit(initial).lower().compile()
+    begin = jax.jit(initial, compiler_options=compiler_options()).lower().compile()
     advance = jax.jit(lambda state, stacked: jax.lax.scan(step, state, stacked), donate_argnums=0)
 
     def stack(start: int) -> Batch:

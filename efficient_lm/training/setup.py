@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from efficient_lm.compilation import compiler_options
 from efficient_lm.config import Config
 from efficient_lm.data.pipeline import make_train_iterator
 from efficient_lm.data.tokenizers import (
@@ -72,7 +73,10 @@ def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
     restored = checkpointer.restore(abstract.as_dict())
     if restored is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state, start = jax.jit(initial, out_shardings=shardings)(), 0
+        draw = jax.jit(
+            initial, out_shardings=shardings, compiler_options=compiler_options(shardings)
+        )
+        state, start = draw(), 0
     else:
         state, start = TrainState.from_dict(restored.state), restored.step
         iterator.set_state(restored.iterator)
@@ -91,7 +95,9 @@ def set_up(config: Config, workdir: Path, mesh: Mesh) -> Run:
         state=state,
         start=start,
         train_step=jit_train_step(train_step, abstract),
-        evaluation_step=jax.jit(make_evaluation_step(*arguments, mesh, lengths)),
+        evaluation_step=jax.jit(
+            make_evaluation_step(*arguments, mesh, lengths), compiler_options=compiler_options()
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from efficient_lm import registry
+from efficient_lm.compilation import compiler_options
 from efficient_lm.config import Config
 from efficient_lm.model.definition import ModelDefinition
 from efficient_lm.parallel.mixing import use_mesh
@@ -139,7 +140,12 @@ def jit_train_step(train_step: Callable, state: TrainState) -> Callable:
     """`train_step` under jit, the state donated and left where `state` (may be abstract) lies."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     # Else the compiler may leave small parameters in other places than the step takes them.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler_options(shardings),
+    )
 
 
 def make_evaluation_step(

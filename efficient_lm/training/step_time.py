@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from efficient_lm.compilation import compiler_options
 from efficient_lm.config import Config
 from efficient_lm.data.batch import Batch
 from efficient_lm.model.definition import define
@@ -49,7 +50,8 @@ def compile_step(
     }
     compiled = jit_train_step(step, abstract).lower(abstract, placed).compile()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    start = jax.jit(initial, out_shardings=shardings).lower().compile()
+    draw = jax.jit(initial, out_shardings=shardings, compiler_options=compiler_options(shardings))
+    start = draw.lower().compile()
     facts = {
         "parameters": definition.count(),
         "compile_seconds": round(time.perf_counter() - began, 1),

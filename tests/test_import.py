@@ -21,7 +21,7 @@ LAYERS = (
     ("ingredients", ("objectives", "data", "parallel")),
     ("model", ("model",)),
     ("layers", ("mixers", "ffn")),
-    ("foundation", ("masks", "config", "fields", "registry", "errors")),
+    ("foundation", ("compilation", "masks", "config", "fields", "registry", "errors")),
 )  # fmt: skip
 # What a mixer needs of the model package, which holds the layers and is built of them.
 SHARED_WITH_LAYERS = {"context", "linear", "norm", "parameter", "rope"}

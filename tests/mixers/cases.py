@@ -4,8 +4,25 @@
 tokens, so choose sizes that fit, and windows, chunks and caches below and above `LENGTH`.
 """
 
+from efficient_lm.config import ModelConfig, layer
+
 EMBED_DIM = 16
 LENGTH = 12
+
+
+def one_layer(mixer: str, options: dict, **overrides) -> ModelConfig:
+    """A model of one such mixer and no feed-forward."""
+    fields = {
+        "vocabulary_size": LENGTH * LENGTH,  # so that each token of a batch can be another one
+        "embed_dim": EMBED_DIM,
+        "num_layers": 1,
+        "max_length": LENGTH,
+        "layers": (layer(mixer, ffn="none", **options),),
+        "initializer": "fan_in",
+        "tie_embeddings": False,
+    }
+    return ModelConfig(**fields | overrides)
+
 
 CASES = {
     "attention": {

@@ -191,28 +191,29 @@ def expected(experiment: str, values: Callable[[Rows], dict[str, float | None]])
     return table(("what", "expected", *ARMS.values()), rows)
 
 
-def rates(experiment: str, part: str, key: str) -> str:
-    """Bits per byte on the CPU by learning rate, of the methods that had more than one."""
+def by_setting(experiment: str, part: str, key: str, name: str, title: str) -> str:
+    """Bits per byte on the CPU by a setting, of the methods that had it at more than one value."""
     rows_at: dict[float, Rows] = {}
-    for pattern in ("cpu*", "rate_*_cpu"):
+    for pattern in ("cpu*", f"{name}_*_cpu"):
         for result in tables.results(f"experiments/{experiment}/results/{pattern}.json"):
             if part in result[key]:
-                rows_at.setdefault(result[key][part]["rate"], []).extend(result["rows"])
+                rows_at.setdefault(result[key][part][name], []).extend(result["rows"])
     if len(rows_at) < 2:
         return table((), ())
     found = {
-        rate: scores(rows, part, lambda row: row["bits_per_byte"])
-        for rate, rows in sorted(rows_at.items())
+        value: scores(rows, part, lambda row: row["bits_per_byte"])
+        for value, rows in sorted(rows_at.items())
     }
     methods = set.intersection(*(set(values) for values in found.values()))
     order = [m for values in found.values() for m in values if m in methods]
     rows = [
-        (MIXERS.get(m, m), *(number(found[rate][m].get(0), ".3f") for rate in found))
+        (MIXERS.get(m, m), *(number(found[value][m].get(0), ".3f") for value in found))
         for m in dict.fromkeys(order)
     ]
-    return table(("bits per byte at a learning rate of", *(f"{rate:g}" for rate in found)), rows)
+    return table((title, *(f"{value:,}" for value in found)), rows)
 
 
+RATES = ("rate", "bits per byte at a learning rate of")
 BLOCKS: dict[str, Callable[[], str]] = {
     f"{block.__name__}_{arm}": functools.partial(block, arm)
     for block in (two_mamba, ttt_kv_binding)
@@ -220,6 +221,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
 } | {
     "two_mamba_expected": functools.partial(expected, "two_mamba", two_mamba_values),
     "ttt_kv_binding_expected": functools.partial(expected, "ttt_kv_binding", ttt_kv_binding_values),
-    "two_mamba_rates": functools.partial(rates, "two_mamba", "text", "runs"),
-    "ttt_kv_binding_rates": functools.partial(rates, "ttt_kv_binding", "quality", "settings"),
+    "two_mamba_rates": functools.partial(by_setting, "two_mamba", "text", "runs", *RATES),
+    "two_mamba_steps": functools.partial(
+        by_setting, "two_mamba", "text", "runs", "steps", "bits per byte after so many steps"
+    ),
+    "ttt_kv_binding_rates": functools.partial(
+        by_setting, "ttt_kv_binding", "quality", "settings", *RATES
+    ),
 }

@@ -86,6 +86,26 @@ def _shown(x) -> str:
     return " ".join(repr(x).split())[:40]
 
 
+def alike(*arrays):
+    """The arrays (None stays) as JAX's, of types that it has, NumPy's too.
+
+    Each varies over every manual mesh axis that one of them varies over: in jax.shard_map scans ask
+    that of what they carry, and rules of gradients of what they return.
+    """
+    arrays = jax.tree.map(jnp.asarray, arrays)
+
+    def axes(x) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    every = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
+
+    def cast(x):
+        missing = tuple(sorted(every - axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, arrays)
+
+
 def number(op: str, scale, features: int) -> float:
     """`scale`, or features ** -0.5 for None; kernels are compiled for one number."""
     if scale is None:

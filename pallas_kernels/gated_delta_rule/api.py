@@ -38,7 +38,9 @@ def gated_delta_rule(
         q, k, v, g, beta, initial_state=initial_state, segment_ids=segment_ids,
         implementation=implementation,
     )  # fmt: skip
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))  # of NumPy, in a dtype that JAX has
+    q, k, v, g, beta, initial_state, segment_ids = recurrence.alike(
+        q, k, v, g, beta, initial_state, segment_ids
+    )
     o, final_state = choice.implementation.load()(
         q, k, v, None if g is None else g.astype(jnp.float32), beta.astype(jnp.float32),
         scale=recurrence.number("gated_delta_rule", scale, q.shape[-1]),

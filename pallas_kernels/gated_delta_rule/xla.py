@@ -46,7 +46,9 @@ def gated_delta_rule(
     B, T, H, K = q.shape
     N, V = v.shape[2:]
     chunks = split(q, k, v, g, beta, documents, chunk_size)
-    state = jnp.zeros((B, N, K, V), jnp.float32) if initial_state is None else initial_state
+    state = initial_state
+    if state is None:
+        state = jnp.zeros_like(v, jnp.float32, (B, N, K, V))
     o, state = _rule(chunks, state.astype(jnp.float32).reshape(B, H, N // H, K, V), float(scale))
     o = jnp.moveaxis(o, (0, 4), (1, 2)).reshape(B, -1, N, V)[:, :T]
     return o, state.reshape(B, N, K, V)
@@ -163,7 +165,8 @@ def _invert(lower):
     # collectives of other devices hold: a mesh of CPU devices can stand still for ever.
     def row_by_row(lower):
         return jax.lax.fori_loop(
-            1, lower.shape[0], lambda i, inverse: inverse.at[i].add(-lower[i] @ inverse), unit
-        )
+            1, lower.shape[0], lambda i, inverse: inverse.at[i].add(-lower[i] @ inverse),
+            unit + jnp.zeros_like(lower),  # of the same type in jax.shard_map as what follows
+        )  # fmt: skip
 
     return jax.lax.platform_dependent(lower, cpu=row_by_row, default=solve)

@@ -35,7 +35,9 @@ def gated_linear_attention(
         q, k, v, g, initial_state=initial_state, segment_ids=segment_ids,
         implementation=implementation,
     )  # fmt: skip
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))  # of NumPy, in a dtype that JAX has
+    q, k, v, g, initial_state, segment_ids = recurrence.alike(
+        q, k, v, g, initial_state, segment_ids
+    )
     o, final_state = choice.implementation.load()(
         q, k, v, None if g is None else g.astype(jnp.float32),
         scale=recurrence.number("gated_linear_attention", scale, q.shape[-1]),

@@ -43,7 +43,8 @@ def gated_linear_attention(
         return state, scale * jnp.einsum("bnkv,bnk->bnv", state, q, precision="highest")
 
     if initial_state is None:
-        initial_state = jnp.zeros((v.shape[0], heads, k.shape[3], v.shape[3]), jnp.float32)
+        sizes = (v.shape[0], heads, k.shape[3], v.shape[3])
+        initial_state = jnp.zeros_like(v, jnp.float32, sizes)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, keep))
     state, o = jax.lax.scan(step, initial_state.astype(jnp.float32), tokens)
     return jnp.moveaxis(o, 0, 1), state

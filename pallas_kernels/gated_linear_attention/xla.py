@@ -34,7 +34,8 @@ def gated_linear_attention(
     rows, length, _, features = q.shape
     size = chunk_size or _chunk_size(length, features)
     if initial_state is None:
-        initial_state = jnp.zeros((rows, v.shape[2], features, v.shape[3]), jnp.float32)
+        sizes = (rows, v.shape[2], features, v.shape[3])
+        initial_state = jnp.zeros_like(v, jnp.float32, sizes)
     run = xla_vector.attend if g is not None and g.ndim == 4 else attend
     return run(q, k, v, g, initial_state.astype(jnp.float32), documents, scale, size)
 

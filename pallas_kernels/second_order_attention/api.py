@@ -1,6 +1,5 @@
 """Second-order attention: one function, several implementations."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._core import compat, dispatch, recurrence
@@ -38,7 +37,9 @@ def second_order_attention(
         q, k, v, g, initial_state=initial_state, output_final_state=output_final_state,
         segment_ids=segment_ids, implementation=implementation,
     )  # fmt: skip
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))  # of NumPy, in a dtype that JAX has
+    q, k, v, g, initial_state, segment_ids = recurrence.alike(
+        q, k, v, g, initial_state, segment_ids
+    )
     o, final_state = choice.implementation.load()(
         q, k, v, g,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,

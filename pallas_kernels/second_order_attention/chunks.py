@@ -63,10 +63,10 @@ def second_order_attention(q, k, v, g, *, scale, initial_state, documents, chunk
     columns = heads[2].shape[-1]
     if initial_state is None:
         sizes = (*q.shape[:2], feature_count(q.shape[3]), columns)
-        initial_state = jnp.zeros(sizes, wide)
+        initial_state = jnp.zeros_like(q, wide, sizes)
     short = columns - initial_state.shape[3]
     initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, 0), (0, short)))
-    carry = (initial_state.astype(wide), jnp.zeros(q.shape[0], jnp.int32))
+    carry = (initial_state.astype(wide), jnp.zeros_like(index[0, :, 0]))
     (state, _), out = jax.lax.scan(step, carry, (*heads, index))
     out = jnp.moveaxis(out, (0, 3), (1, 2))  # [B, chunks, C, N, V]
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :T], state[..., : v.shape[3] + 1]

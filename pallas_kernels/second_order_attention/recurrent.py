@@ -33,7 +33,7 @@ def second_order_attention(q, k, v, g, *, scale, initial_state, documents):
 
     if initial_state is None:
         sizes = (*q.shape[:2], feature_count(q.shape[3]), v.shape[3] + 1)
-        initial_state = jnp.zeros(sizes, wide)
+        initial_state = jnp.zeros_like(q, wide, sizes)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (q, k, with_ones(v), keep))
     state, sums = jax.lax.scan(step, initial_state.astype(wide), tokens)
     return jnp.moveaxis(normalized(sums, v.shape[3]), 0, 1), state

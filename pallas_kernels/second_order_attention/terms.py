@@ -74,9 +74,9 @@ def make_terms(q, k, v, g, documents: Documents | None) -> Terms:
     heads = v.shape[2]
     wide = wide_type(v)
     if g is None:
-        g = jnp.zeros(v.shape[:3], wide)
+        g = jnp.zeros_like(v, wide, v.shape[:3])
     g = jnp.maximum(g.astype(wide), SMALLEST_LOG_DECAY)
-    index = jnp.zeros(q.shape[:2], jnp.int32)
+    index = jnp.zeros_like(q, jnp.int32, q.shape[:2])
     if documents is not None:
         index, real = documents
         k = jnp.where(real[:, :, None, None], k, jnp.zeros((), k.dtype))

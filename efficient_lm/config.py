@@ -102,6 +102,7 @@ class ObjectiveConfig:
     z_loss: float = 0.0
     chunk_logits: int = 2**24  # logits alive at once; bounds the memory of the loss
     implementation: str = "auto"
+    op = "linear_cross_entropy"  # of pallas_kernels, that `implementation` is of
 
 
 @dataclass(frozen=True)
@@ -361,14 +362,21 @@ def check(config: Config) -> None:
         f"{data.sequence_length}",
     )
     _require_known(config.objective.name, registry.OBJECTIVES, "config.objective.name")
+    registry.check_implementation(config.objective, "config.objective")
+    used = {l.mixer for l in layer_pattern(model)}
     for section, table in (("mixers", registry.MIXERS), ("ffns", registry.FEED_FORWARDS)):
         for name, given in getattr(model, section).items():
             require(
                 name in table,
                 f"unknown field config.model.{section}.{name}; {registry.suggest(name, table)}",
             )
-            options_of(section, name, given)
-    for index, (_, mixer_options, ffn_options) in enumerate(layer_options(model)):
+            options = options_of(section, name, given)
+            if name not in used:  # a layer can change which op it is that the name is of
+                registry.check_implementation(options, f"config.model.{section}.{name}")
+    for index, (l, mixer_options, ffn_options) in enumerate(layer_options(model)):
+        own = "implementation" in l.options
+        place = f"layers[{index}].options" if own else f"mixers.{l.mixer}"
+        registry.check_implementation(mixer_options, f"config.model.{place}")
         for options in (mixer_options, ffn_options):
             try:
                 options.check(model)

@@ -30,8 +30,12 @@ OBJECTIVES = {
 
 def suggest(name: str, known) -> str:
     """ "did you mean `x`?" for the nearest known name, or the whole list when none is near."""
+    return _nearest(name, known) or "known: " + ", ".join(sorted(known))
+
+
+def _nearest(name: str, known) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def resolve(table: dict[str, str], name: str, what: str) -> Any:
@@ -55,3 +59,26 @@ def feed_forward(name: str):
 def objective(name: str):
     """Objective factory: (ObjectiveConfig) -> objective(model, batch, key) -> (loss, metrics)."""
     return resolve(OBJECTIVES, name, "objective")
+
+
+def check_implementation(options: Any, path: str) -> None:
+    """ConfigError where `options.implementation` is none of `options.op`, before anything runs.
+
+    A tuple of names is what the op takes besides one name. Options without `op` have no such field.
+    """
+    if not hasattr(options, "op"):
+        return
+    given, rows = options.implementation, []
+    if options.op is not None:
+        table = importlib.import_module(f"pallas_kernels.{options.op}.support").TABLE
+        rows = [row.name for row in table]
+    names = given if isinstance(given, (tuple, list)) else (given,)
+    wrong = [name for name in names if name not in rows]
+    if given == "auto" or (names and not wrong):
+        return
+    allowed = ["auto", *rows]
+    near = _nearest(str(wrong[0]), allowed) if wrong else ""
+    raise ConfigError(
+        f"{path}.implementation={given!r} is unknown; allowed: {', '.join(map(repr, allowed))}"
+        + (near and f"; {near}")
+    )

@@ -37,7 +37,8 @@ class AttentionOptions:
     bias: bool = False  # of query, key and value
     output_bias: bool = False
     scale: float | None = None  # of the logits; None: head_dim ** -0.5
-    implementation: str = "auto"  # of pallas_kernels.attention
+    implementation: str = "auto"
+    op = "attention"  # of pallas_kernels, that `implementation` is of
 
     def sizes(self, model: ModelConfig) -> tuple[int, int, int]:
         """(query heads, key-value heads, head dim)."""

@@ -30,7 +30,8 @@ class GatedDeltaNetOptions:
     decay: bool = True  # False: DeltaNet (arXiv 2406.06484), which never forgets
     gate: bool = True  # of the normalised output, by SiLU
     negative_eigenvalues: bool = False  # write with strength 0 to 2, not 0 to 1 (arXiv 2411.12537)
-    implementation: str = "auto"  # of pallas_kernels.gated_delta_rule
+    implementation: str = "auto"
+    op = "gated_delta_rule"  # of pallas_kernels, that `implementation` is of
 
     def sizes(self, model: ModelConfig) -> tuple[int, int, int, int]:
         """(value heads, key heads, key dim, value dim)."""

@@ -49,7 +49,8 @@ class LinearAttentionOptions:
     gate: Literal["none", "silu"] = "none"  # of the output, elementwise
     convolution_width: int | None = None  # short convolution and SiLU of q, k and v; None: none
     rope: RopeConfig = field(default_factory=lambda: RopeConfig(fraction=0.0))
-    implementation: str = "auto"  # of pallas_kernels.gated_linear_attention
+    implementation: str = "auto"
+    op = "gated_linear_attention"  # of pallas_kernels, that `implementation` is of
 
     def sizes(self, model: ModelConfig) -> tuple[int, int, int, int]:
         """(heads, key dim, features of a key, value dim)."""

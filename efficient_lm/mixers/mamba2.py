@@ -28,7 +28,8 @@ class Mamba2Options:
     num_groups: int = 1  # heads of a group share B and C
     convolution_width: int = 4  # tokens that x, B and C are mixed of, before SiLU; 1: no mixing
     norm: Literal["group", "head"] = "group"  # which features the output's RMSNorm is over
-    implementation: str = "auto"  # of pallas_kernels.gated_linear_attention
+    implementation: str = "auto"
+    op = "gated_linear_attention"  # of pallas_kernels, that `implementation` is of
 
     @property
     def joins_heads(self) -> bool:

@@ -61,7 +61,8 @@ class TTTOptions(Rule):
     window_head_dim: int | None = None  # of attention; divides head_dim; None: head_dim
     rope: RopeConfig = field(default_factory=RopeConfig)  # of attention
     form: Literal["auto", "sequential", "parallel"] = "auto"  # auto: parallel for linear rules
-    implementation: str = "auto"  # of pallas_kernels.attention
+    implementation: str = "auto"
+    op = "attention"  # of pallas_kernels, that `implementation` is of
 
     def sizes(self, model: ModelConfig) -> tuple[int, int, int]:
         """(heads, head dim, hidden dim)."""

@@ -38,9 +38,13 @@ class TwoMambaOptions:
     decay: Literal["softplus", "step"] = "softplus"
     convolution_width: int = 2  # tokens that q, k and v are mixed of; 1: no mixing
     norm: Literal["all", "head"] = "all"  # for "linear" scores: heads that the RMSNorm is over
-    # Of pallas_kernels.second_order_attention for "square" and gated_linear_attention for "linear"
-    # scores; those of "exponential" have no choice.
     implementation: str = "auto"
+
+    @property
+    def op(self) -> str | None:
+        """Of pallas_kernels, that `implementation` is of; None: there is no choice."""
+        ops = {"square": "second_order_attention", "linear": "gated_linear_attention"}
+        return ops.get(self.score)
 
     @property
     def joins_heads(self) -> bool:

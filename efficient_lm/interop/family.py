@@ -125,7 +125,7 @@ class Family:
                 )
         if "num_attention_heads" in values and values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
-        if {"hidden_size", "num_attention_heads"} <= set(values) and not values.get("head_dim"):
+        if {"hidden_size", "num_attention_heads"} <= set(values) and values.get("head_dim") is None:
             values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
         missing = sorted(name for name in self._required() if values.get(name) is None)
         if missing:
@@ -220,17 +220,22 @@ class Family:
     def _layers(self, values: dict[str, Any]) -> list[tuple]:
         """The entry of each layer in `config.model.layers`."""
         count, window = values["num_hidden_layers"], values.get("sliding_window")
-        if len(self.kinds) == 1 or (
-            "sliding_attention" in self.kinds and not (values["use_sliding_window"] and window)
-        ):
+        if len(self.kinds) == 1:
             return [layer()] * count
-        types = values.get("layer_types") or [self.kind_of(i, values) for i in range(count)]
-        unknown = sorted(set(types) - set(self.kinds))
-        if unknown or len(types) != count:
+        types = values.get("layer_types")
+        if types is None:
+            types = [self.kind_of(i, values) for i in range(count)]
+        names = {kind if isinstance(kind, str) else repr(kind) for kind in types}
+        if names - set(self.kinds) or len(types) != count:
             raise ConfigError(
-                f"layer_types has {len(types)} entries of {sorted(set(types))}; it must have "
+                f"layer_types has {len(types)} entries of {sorted(names)}; it must have "
                 f"num_hidden_layers={count} of {', '.join(self.kinds)}"
             )
+        if "sliding_attention" in self.kinds:
+            if window is None or not values["use_sliding_window"]:
+                return [layer()] * count
+            if type(window) is not int or window < 1:
+                raise ConfigError(f"sliding_window={window!r}; it must be at least 1")
         return [
             layer(self.kinds[kind], **({"window": window} if kind == "sliding_attention" else {}))
             for kind in types

@@ -26,7 +26,11 @@ def read(given: dict[str, Any], *, partial: bool = False) -> RopeConfig:
     """
     name = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"
     values = {n: v for n, v in (given.get(name) or {}).items() if n not in IMAGE_FIELDS}
-    theta = values.pop("rope_theta", None) or given.get("rope_theta") or 10_000.0
+    theta = values.pop("rope_theta", None)
+    theta = given.get("rope_theta") if theta is None else theta
+    theta = 10_000.0 if theta is None else _number("rope_theta", theta)
+    if not theta > 0:
+        raise ConfigError(f"rope_theta={theta}; it must be above 0")
     fraction = values.pop("partial_rotary_factor", given.get("partial_rotary_factor"))
     fraction = 1.0 if fraction is None else _number("partial_rotary_factor", fraction)
     if fraction != 1 and not partial:
@@ -52,13 +56,12 @@ def read(given: dict[str, Any], *, partial: bool = False) -> RopeConfig:
         if n in FIELDS[kind] and v is not None
     }
     scaling = "none" if kind == "default" else kind
-    theta = _number("rope_theta", theta)
     return RopeConfig(fraction=fraction, theta=theta, scaling=scaling, **ours)
 
 
 def _number(name: str, value: Any) -> float:
     """A number of config.json as a float; ConfigError for anything else."""
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name}={value!r}; it must be a number")
     return float(value)
 

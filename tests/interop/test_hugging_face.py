@@ -187,8 +187,13 @@ def test_config_that_we_cannot_compute(name, copy):
 
 
 def test_window_layers_must_match_the_layers(copy):
+    given = hugging_face.read_config(MODELS / "qwen3_window")
     with pytest.raises(ConfigError, match=r"layer_types has 1 entries .* num_hidden_layers=3"):
         hugging_face.read_model(copy("qwen3_window", layer_types=["full_attention"]))
+    with pytest.raises(ConfigError, match=r"layer_types has 0 entries .* num_hidden_layers=3"):
+        qwen3.FAMILY.read(given | {"layer_types": [], "use_sliding_window": False})
+    with pytest.raises(ConfigError, match=r"sliding_window=0; it must be at least 1"):
+        qwen3.FAMILY.read(given | {"sliding_window": 0})
 
 
 def test_missing_files(copy, tmp_path):
@@ -231,6 +236,12 @@ def test_damaged_json(copy):
         ({"rope_parameters": "default"}, "has rope_parameters='default'; it must be an object"),
         ({"rope_parameters": {"rope_theta": "1e7"}}, "rope_theta='1e7'; it must be a number"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, r"of type \['yarn'\] is not supported"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0.0; it must be above 0"),
+        ({"rope_parameters": {"rope_theta": False}}, "rope_theta=False; it must be a number"),
+        ({"rope_parameters": {}, "rope_theta": []}, r"rope_theta=\[\]; it must be a number"),
+        ({"layer_types": []}, r"layer_types has 0 entries of \[\]; it must have num_hidden_layers"),
+        ({"layer_types": [1, []]}, r"layer_types has 2 entries of \['1', '\[\]'\]; it must have"),
+        ({"head_dim": 0}, "head_dim=0; it must be a whole number of at least 1"),
         ({"text_config": {"layer_types": 4}}, "has layer_types=4; it must be a list"),
     ],
 )

@@ -207,6 +207,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory has what `load_tokenizer` reads."""
+    directory = Path(directory).expanduser()
+    kind = _read_settings(directory / SETTINGS_FILE).get("kind")
+    return (directory / HUGGING_FACE_FILE).is_file() or kind in ("bytes", "characters", "integers")
+
+
 def check_vocabulary(tokenizer: Tokenizer, model_vocabulary_size: int) -> None:
     """DataError if the tokenizer has ids that a model of this vocabulary size cannot embed."""
     if tokenizer.vocabulary_size > model_vocabulary_size:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from efficient_lm.config import Config, DataConfig
+from efficient_lm.data.tokenizers import has_tokenizer
 from efficient_lm.errors import CheckpointError
 from efficient_lm.inference.load import read_config
 from efficient_lm.interop import hugging_face, shards
@@ -44,7 +45,7 @@ def to_workdir(source: str | Path, workdir: str | Path) -> list[str]:
         model, arrays = hugging_face.read_model(source)
         data = DataConfig(sequence_length=min(DataConfig.sequence_length, model.max_length))
         lines = [f"{source} has no tokenizer.json: converted without a tokenizer"]
-        if (source / "tokenizer.json").is_file():
+        if has_tokenizer(source):
             _copy(source, partial / "tokenizer", TOKENIZER_FILES)
             data = dataclasses.replace(data, tokenizer=str(workdir / "tokenizer"))
             lines = []
@@ -87,7 +88,9 @@ def from_workdir(workdir: str | Path, target: str | Path) -> list[str]:
         _copy(workdir / "tokenizer", partial, TOKENIZER_FILES)
     lines = []
     if not (workdir / "tokenizer" / "tokenizer.json").is_file():
-        lines.append(f"{workdir} has no tokenizer.json: exported without a tokenizer")
+        ours = has_tokenizer(workdir / "tokenizer")
+        how = "with a tokenizer that only efficient_lm reads" if ours else "without a tokenizer"
+        lines.append(f"{workdir} has no tokenizer.json: exported {how}")
     return [*lines, f"wrote {target}: {written['architectures'][0]}"]
 
 

@@ -15,7 +15,7 @@ from interop_cases import MODELS, random_arrays
 
 import efficient_lm
 from efficient_lm.config import Config, ModelConfig
-from efficient_lm.data.tokenizers import load_tokenizer
+from efficient_lm.data.tokenizers import ByteTokenizer, CharacterTokenizer, load_tokenizer
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.inference.load import read_config
 from efficient_lm.interop import conversion, hugging_face, shards
@@ -76,6 +76,19 @@ def test_folder_without_a_tokenizer_converts_and_says_so(tmp_path):
     lines = conversion.from_workdir(workdir, target)
     assert lines[0] == f"{workdir} has no tokenizer.json: exported without a tokenizer"
     assert (target / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharacterTokenizer("ab ")])
+def test_a_tokenizer_of_ours_comes_back(tokenizer, tmp_path):
+    conversion.to_workdir(MODELS / "qwen3_window", tmp_path / "run")
+    tokenizer.save(tmp_path / "run/tokenizer")
+    lines = conversion.from_workdir(tmp_path / "run", tmp_path / "out")
+    assert "exported with a tokenizer that only efficient_lm reads" in lines[0]
+    lines = conversion.to_workdir(tmp_path / "out", tmp_path / "again")
+    assert len(lines) == 1 and lines[0].startswith("wrote ")
+    assert type(load_tokenizer(tmp_path / "again/tokenizer")) is type(tokenizer)
+    path = read_config(tmp_path / "again").data.tokenizer
+    assert load_tokenizer(path).encode("ab a").tolist() == tokenizer.encode("ab a").tolist()
 
 
 def test_fields_without_meaning_are_told(tmp_path):

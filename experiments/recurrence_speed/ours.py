@@ -18,8 +18,11 @@ COMPARED_OPS = ("gated_delta_rule", "scalar_decay", "kda")
 COMPARED = 4096  # tokens up to which the reference, token by token, takes seconds
 
 
-def main() -> None:
-    """Every row; a failing one becomes a line with its error."""
+def main() -> int:
+    """Every row; a failing one becomes a line with its error. 2 without a GPU."""
+    if jax.default_backend() != "gpu":
+        print(f"error: these kernels need a GPU; this is {jax.default_backend()}", file=sys.stderr)
+        return 2
     names, ops, only = (json.loads(argument) for argument in sys.argv[1:])
     print(json.dumps({"environment": timing.environment()}), flush=True)
     for shape in shapes.SHAPES:
@@ -28,6 +31,7 @@ def main() -> None:
                 shape = shape._replace(passes=tuple(x for x in shape.passes if x in only))
                 for row in measure(shape, op):
                     print(json.dumps({"shape": shape.name, "op": op} | row), flush=True)
+    return 0
 
 
 def inputs(shape, op="gated_delta_rule"):
@@ -97,4 +101,4 @@ def measure(shape, op):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

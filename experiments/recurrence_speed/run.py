@@ -19,7 +19,10 @@ ROOT = HERE.parents[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the rows of all three processes; a process that fails leaves its exit code."""
+    """Write the rows of all three processes; a process that fails leaves its exit code.
+
+    The exit code is 2 without a GPU.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     names = [shape.name for shape in SHAPES]
@@ -54,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
                     print(side, line, end="", flush=True)
                 flags.out.parent.mkdir(parents=True, exist_ok=True)
                 flags.out.write_text(json.dumps(report, indent=1) + "\n")
+        if process.returncode == 2:  # it has said why
+            return 2
         if process.returncode:
             report[side]["exit_code"] = process.returncode
             flags.out.write_text(json.dumps(report, indent=1) + "\n")

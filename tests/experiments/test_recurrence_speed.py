@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +42,18 @@ def test_without_the_peer_is_one_line(tmp_path, capsys, monkeypatch):
     assert errors.main([f"--out={tmp_path / 'x'}"]) == 2
     error = capsys.readouterr().err
     assert "needs torch and transformers" in error and error.count("\n") == 1
+
+
+def test_without_a_gpu_is_one_line(tmp_path):
+    run = pathlib.Path(shapes.__file__).with_name("run.py")
+    done = subprocess.run(
+        [sys.executable, run, f"--out={tmp_path / 'x'}", "--shapes", "qwen3_5_8k"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: these kernels need a GPU; this is cpu\n"
+    assert not (tmp_path / "x").exists()
 
 
 def test_kernels_that_do_not_compile_are_rows(tmp_path, monkeypatch):

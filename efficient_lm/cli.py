@@ -14,7 +14,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from efficient_lm.config import Config
+from efficient_lm import registry
+from efficient_lm.config import Config, ModelConfig
 from efficient_lm.errors import CheckpointError, ConfigError, UserError
 
 USAGE_EXIT_CODE = 2
@@ -71,12 +72,22 @@ def define_override_flag() -> Callable[[Config], Config]:
 
     Returns a function for use in `main`: the given Config with the overrides applied and checked.
     """
+    methods = ModelConfig(
+        mixers={name: {} for name in registry.MIXERS},
+        ffns={name: {} for name in registry.FEED_FORWARDS},
+    )
+    fields = Config(model=methods).to_config_dict()  # of any run
     with _unknown_fields_named(sys.argv):  # this kind of flag reads its overrides at once
-        config_flags.DEFINE_config_dict("config", Config().to_config_dict(), "Fields to override.")
+        config_flags.DEFINE_config_dict("config", fields, "Fields to override.")
 
     def override(config: Config) -> Config:
         values = config_flags.get_override_values(flags.FLAGS["config"])
         config_dict = config.to_config_dict()
+        for path in values:
+            group, _, rest = path.removeprefix("model.").partition(".")
+            known = config_dict.model[group] if group in ("mixers", "ffns") else ()
+            if known and rest.partition(".")[0] not in known:
+                raise ConfigError(f"config.{path}: the {group} of the run are {', '.join(known)}")
         config_dict.update_from_flattened_dict(values)
         return Config.from_config_dict(config_dict)
 

@@ -102,6 +102,28 @@ def test_errors_are_one_line(door, arguments, code, words):
 
 
 @pytest.mark.parametrize(
+    ("field", "code", "words"),
+    [
+        ("kda.rank=3", 0, "kda rank 3"),
+        ("kda.rnk=3", 2, "unknown field config.model.mixers.kda.rnk; did you mean 'rank'?"),
+        ("mamba2.expand=3", 2, "config.model.mixers.mamba2.expand: the mixers of the run are kda"),
+    ],
+)
+def test_options_of_every_mixer_of_a_run_can_be_changed(field, code, words):
+    program = """if True:
+        from efficient_lm import cli
+        from efficient_lm.config import Config
+        change = cli.define_override_flag()
+        run = Config.from_dict({"model": {"layers": ("kda",)}})
+        cli.run_door(lambda: print("kda rank", change(run).model.mixers["kda"]["rank"]))
+    """
+    command = [sys.executable, "-c", program, f"--config.model.mixers.{field}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert (done.stderr or done.stdout) == ("error: " if code else "") + words + "\n"
+
+
+@pytest.mark.parametrize(
     ("shell", "code", "words"),
     [("exec <&- >&-", 0, ""), ("exec >/dev/full", 4, "the output: No space left on device")],
 )

@@ -58,6 +58,10 @@ ATTENTION_FIELDS = {
 }
 DENSE_FIELDS = {"hidden_dim": "intermediate_size"}
 COUNTS = ("num_hidden_layers", "full_attention_interval")  # which layers are made of
+SLIDING_FIELDS = (
+    ("use_sliding_window", bool, "true or false"),
+    ("max_window_layers", int, "a whole number"),
+)
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 # Fields that say nothing about the function that the model computes.
 IGNORED_FIELDS = {
@@ -222,6 +226,10 @@ class Family:
         count, window = values["num_hidden_layers"], values.get("sliding_window")
         if len(self.kinds) == 1:
             return [layer()] * count
+        if "sliding_attention" in self.kinds:
+            for name, kind, what in SLIDING_FIELDS:
+                if type(values[name]) is not kind:
+                    raise ConfigError(f"{name}={values[name]!r}; it must be {what}")
         types = values.get("layer_types")
         if types is None:
             types = [self.kind_of(i, values) for i in range(count)]

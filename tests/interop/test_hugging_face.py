@@ -194,6 +194,10 @@ def test_window_layers_must_match_the_layers(copy):
         qwen3.FAMILY.read(given | {"layer_types": [], "use_sliding_window": False})
     with pytest.raises(ConfigError, match=r"sliding_window=0; it must be at least 1"):
         qwen3.FAMILY.read(given | {"sliding_window": 0})
+    with pytest.raises(ConfigError, match=r"max_window_layers='2'; it must be a whole number"):
+        qwen3.FAMILY.read(given | {"max_window_layers": "2", "layer_types": None})
+    with pytest.raises(ConfigError, match=r"use_sliding_window='false'; it must be true or false"):
+        qwen3.FAMILY.read(given | {"use_sliding_window": "false"})
 
 
 def test_missing_files(copy, tmp_path):

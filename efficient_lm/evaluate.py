@@ -88,13 +88,15 @@ def _print_table(result: dict[str, Any]) -> None:
             table.add_row(name.replace("_", " "), f"{metrics[name]:,.{places}f}")
     for name, value in metrics.get("recall", {}).items():
         table.add_row(f"recall {name}".replace("_", " "), f"{value:,.6g}")
-    losses, end = metrics["position_loss"], 1
+    losses, tokens, end = metrics["position_loss"], metrics["position_tokens"], 1
     while end // 2 < len(losses):
-        scored = [loss for loss in losses[end // 2 : end] if loss is not None]
+        group = slice(end // 2, end)
+        scored = sum(tokens[group])
         if scored:
+            total = sum(l * n for l, n in zip(losses[group], tokens[group], strict=True) if n)
             last = min(end, len(losses)) - 1
             place = f"{last}" if last == end // 2 else f"{end // 2} to {last}"
-            table.add_row(f"loss at position {place}", f"{sum(scored) / len(scored):.4f}")
+            table.add_row(f"loss at position {place}", f"{total / scored:.4f}")
         end *= 2
     Console().print(table)
 

@@ -88,6 +88,7 @@ def evaluate_batches(
       loss: nats a token. perplexity: exp(loss). bits_per_byte: None where no label stands for
       text. accuracy: share of tokens whose logit is the highest. tokens, bytes: that were scored.
       position_loss: mean loss at each place of the window, None where nothing was scored.
+      position_tokens: that were scored at each place; a stride scores few tokens at most places.
       tokens_per_second: scored tokens over the time after the first batch, which may compile.
 
     Raises:
@@ -130,4 +131,5 @@ def evaluate_batches(
         metrics["position_loss"] = [
             float(s / w) if w else None for s, w in zip(sums, weights, strict=True)
         ]
+        metrics["position_tokens"] = [float(w) for w in weights]
     return metrics

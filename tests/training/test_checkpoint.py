@@ -260,12 +260,15 @@ def test_saves_killed_at_any_moment_lose_nothing(tmp_path):
     script = Path(__file__).with_name("killed_saves.py")
     subprocess.run([sys.executable, "-W", "ignore", script, tmp_path], check=True)
     for moment, (_, saving, expected) in MOMENTS.items():
-        told = []
+        told, found = [], (tmp_path / moment / "checkpoints").iterdir()
+        begun = any(not path.name.isdigit() for path in found)
         with Checkpointer(tmp_path / moment, CheckpointingConfig(), warn=told.append) as writer:
             restored = writer.restore(abstract(make_state(0)))
             assert restored.step in expected, moment
             assert_same(restored.state, make_state(restored.step))
-            assert len(told) == (restored.step < saving), moment
+            # A kill by the clock can also come before anything is written.
+            lost = restored.step < saving and (begun or not moment.startswith("after_"))
+            assert len(told) == lost, moment
             writer.save(5, make_state(5), iterator={}, config={}, wait=True)
         names = {path.name for path in (tmp_path / moment / "checkpoints").iterdir()}
         assert all(name.isdigit() for name in names), moment

@@ -71,36 +71,19 @@ def convolve(
     """
     convolved, new = [], {}
     for name in names:
-
-        @kept_inputs
-        def run(x, weight, bias, state, name=name):
-            y, state = short_convolution(
-                x,
-                weight,
-                bias=bias,
-                activation=jax.nn.silu,
-                segment_ids=context.segment_ids,
-                state=state,
-                fresh=context.fresh,
-            )
-            return unit_norm(y) if name in unit else y, state
-
         bias = getattr(mixer, f"{name}_convolution_bias", None)
-        y, new[name] = run(
+        y, new[name] = short_convolution(
             projected[name],
             getattr(mixer, f"{name}_convolution")[...],
-            None if bias is None else bias[...],
-            None if state is None else state[name],
+            bias=None if bias is None else bias[...],
+            silu=True,
+            unit_norm=name in unit,
+            segment_ids=context.segment_ids,
+            state=None if state is None else state[name],
+            fresh=context.fresh,
         )
         convolved.append(y)
     return convolved, new
-
-
-def unit_norm(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """x / sqrt(|x|^2 + 1e-6) for each head, in fp32; finite gradients where x is zero."""
-    wide = x.astype(jnp.float32)
-    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
 
 
 def gated_norm(

@@ -21,6 +21,7 @@ from efficient_lm.mixers.fast_weights import Chunk, Learned, Rule
 from efficient_lm.model.context import Context
 from efficient_lm.model.parameter import cast, constant, matrix, parameter
 from efficient_lm.model.rope import RopeConfig, rotate
+from pallas_kernels.short_convolution.xla import of_norm_one
 
 # The paper's ladder from LaCT to linear attention; each step keeps those before it.
 LADDER = {
@@ -198,7 +199,7 @@ class TTT(nnx.Module):
                 cast(getattr(self, f"{name}_{part}"), projected[name].dtype)[None, None]
                 for part in ("scale", "offset")
             )
-            return recurrent.unit_norm(jax.nn.silu(projected[name] * scale + offset))
+            return of_norm_one(jax.nn.silu(projected[name] * scale + offset))
 
         key = feature("key")
         query = key if options.read_with == "key" else feature("query")

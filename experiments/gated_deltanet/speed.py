@@ -42,7 +42,9 @@ def rows(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row for each length and mixer; `workers` steps compile at a time.
 
-    shape: `rows` of `length` tokens; rows are made fewer for longer ones.
+    Those of the first length one by one: XLA tries out matrix products on the device, which others
+    would disturb, and takes what it found for later ones. shape: `rows` of `length` tokens; rows
+    are made fewer for longer ones.
     """
     tokens = shape.rows * shape.length
 
@@ -61,4 +63,6 @@ def rows(
         ({"what": "speed", "mixer": mixer, "length": length}, partial(prepare, length, mixer))
         for length, mixer in itertools.product(lengths, mixers)
     ]
-    return attempt_prepared(jobs, workers)
+    first = len(mixers)
+    yield from attempt_prepared(jobs[:first], 1)
+    yield from attempt_prepared(jobs[first:], workers)

@@ -10,12 +10,12 @@ from flax import nnx
 
 from efficient_lm.config import ModelConfig, OptimizerConfig
 from efficient_lm.errors import ConfigError
-from efficient_lm.mixers import recurrent
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetOptions
 from efficient_lm.mixers.kda import KimiDeltaAttention, KimiDeltaAttentionOptions
 from efficient_lm.model.context import Context
 from efficient_lm.model.stack import REMAT_POLICIES
 from efficient_lm.training.optimizer import parameter_groups
+from pallas_kernels.short_convolution.xla import of_norm_one
 
 MODEL = ModelConfig(embed_dim=12, num_layers=1, initializer="fan_in")
 SIZES = {"num_value_heads": 4, "num_key_heads": 2, "key_dim": 4, "value_dim": 6}
@@ -154,11 +154,11 @@ def test_norms_of_keys_have_an_epsilon_beside_the_square_and_are_fp32_in_bf16(rn
     sizes = np.array([1.0, 1e-3, 1e-5])[:, None]
     x = sizes * rng.standard_normal((3, 64)) / 8
     expected = x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
-    found = recurrent.unit_norm(jnp.asarray(x, jnp.float32)[None, None])
+    found = of_norm_one(jnp.asarray(x, jnp.float32)[None, None])
     np.testing.assert_allclose(found[0, 0], expected, rtol=1e-5)
     half = jnp.asarray(x, jnp.bfloat16)[None, None]
-    once = recurrent.unit_norm(half.astype(jnp.float32)).astype(jnp.bfloat16)  # rounded
-    np.testing.assert_array_equal(recurrent.unit_norm(half), once)
+    once = of_norm_one(half.astype(jnp.float32)).astype(jnp.bfloat16)  # rounded
+    np.testing.assert_array_equal(of_norm_one(half), once)
 
 
 def test_policies_can_keep_what_the_kernel_gave_and_little_else(x):

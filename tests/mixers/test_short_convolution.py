@@ -104,9 +104,7 @@ def test_a_width_of_one_scales_each_feature(x, weight):
 def test_only_the_inputs_are_kept_for_the_backward_pass(x, weight):
     half, segments = x.astype(jnp.bfloat16), jnp.ones((ROWS, LENGTH), jnp.int32)
     y, backward = jax.vjp(
-        lambda x, weight: short_convolution(
-            x, weight, activation=jax.nn.silu, segment_ids=segments
-        )[0],
+        lambda x, weight: short_convolution(x, weight, silu=True, segment_ids=segments)[0],
         half,
         weight,
     )

@@ -53,9 +53,12 @@ def main() -> None:
     middle.tick_params("x", labelsize=8)
     speeds = rows_of("speed")
     for mixer in dict.fromkeys(row["mixer"] for row in speeds):
-        points = sorted((r["length"], r["tokens_per_second"] / 1e3) for r in speeds
-                        if r["mixer"] == mixer)  # fmt: skip
-        right.plot(*zip(*points, strict=True), "o-", label=mixer, color=COLORS[mixer])
+        points: dict[int, float] = {}  # of what was measured twice, the first file has it
+        for row in speeds:
+            if row["mixer"] == mixer:
+                points.setdefault(row["length"], row["tokens_per_second"] / 1e3)
+        lengths, rates = zip(*sorted(points.items()), strict=True)
+        right.plot(lengths, rates, "o-", label=mixer, color=COLORS[mixer])
     if speeds:
         right.set_xscale("log", base=2)
         right.set(xlabel="tokens of a row", title="training, thousand tokens/s", ylim=(0, None))

@@ -91,6 +91,19 @@ def test_the_hopper_kernel_is_the_specification(interpreted, name):
     assert worst(interpreted, name, jnp.bfloat16) < 3e-3
 
 
+@needs_mosaic
+def test_the_hopper_kernel_under_vmap_is_itself_for_each(interpreted):
+    (x, weight, _), _, _, options = arguments((2, 70, 1, 128, 4), dtype=jnp.bfloat16, silu=True)
+
+    def run(x, weight):
+        return interpreted(x[None], weight, None, None, **options)[0]
+
+    for wanted, found in zip(
+        map(run, x, [weight] * 2), jax.vmap(run, (0, None))(x, weight), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.accelerator
 @pytest.mark.parametrize("name", CASES)
 def test_on_hopper(name):
